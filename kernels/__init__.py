@@ -1,0 +1,8 @@
+"""The fused operations of qprune. They know tensors; modules, layers and searches live in `qprune`."""
+
+from .dispatch import backend
+from .errors import BackendError, InputError, QPruneError
+from .ops import mix_quantize
+from .reference import IDENTITY
+
+__all__ = ["IDENTITY", "BackendError", "InputError", "QPruneError", "backend", "mix_quantize"]
