@@ -47,12 +47,13 @@ def mix_quantize(
     steps             n per candidate: 2^bits − 1 or similar; 0 = pruned (contributes 0), math.inf = full precision (contributes x)
     zero_point        z per candidate: 0 ≤ z ≤ n, a multiple of 1/2
     axis              dimension of x that the rows of [C, K] parameters follow: 0 for weights, 1 for activations
-    groups            group number per candidate, 0 … M−1: returns V_m = Σ over group m, stacked as [M, *x.shape]. The memory is that of the tensor
-                      concatenated along dimension 1, so `out.movedim(0, 1).flatten(1, 2)` is what a convolution consumes, without a copy
+    groups            group number per candidate, 0 … M−1: returns V_m = Σ over group m, stacked as [M, *x.shape]. The memory is that of the
+                      tensor concatenated along dimension 1: `out.movedim(0, 1).flatten(1, 2)` is what a convolution consumes, not a copy
     pass_through      True (or one flag per candidate): the gradient reaches x also where the candidate clips
     seed              [1] int64: add uniform noise of one step's width instead of rounding (Philox, keyed by seed and storage position)
 
-    Gradients: x straight-through inside the clip range; range, offset and p as derived in kernels/README.md. Keeps only x for the backward pass.
+    Gradients: x straight-through inside the clip range; range, offset and p as derived in kernels/README.md. Keeps only x for the
+    backward pass.
     Raises InputError for integer inputs, wrong shapes, and values outside the ranges above.
     """
     if not x.is_floating_point():

@@ -1,0 +1,57 @@
+"""Every error that qprune raises on purpose. Each message is one line: what was got, what was expected, what to do."""
+
+from qprune.kernels import BackendError, InputError, QPruneError
+
+__all__ = [
+    "BackendError",
+    "BudgetError",
+    "CheckpointError",
+    "InfeasibleBudgetError",
+    "InputError",
+    "NonFiniteError",
+    "PolicyMismatchError",
+    "QPruneError",
+    "RuleError",
+    "SpaceError",
+    "UnsupportedLayerError",
+]
+
+
+class SpaceError(QPruneError, ValueError):
+    """A search space, a bit width or a quantizer name that does not exist."""
+
+
+class RuleError(QPruneError, ValueError):
+    """A rule of `prepare` that matches no layer, or that cannot be applied."""
+
+
+class UnsupportedLayerError(QPruneError, TypeError):
+    """A layer was named in a rule, but qprune cannot replace it."""
+
+
+class BudgetError(QPruneError, ValueError):
+    """A budget that cannot be read, or that lacks what it needs to be resolved."""
+
+
+class InfeasibleBudgetError(BudgetError):
+    """No policy meets the budget; `cheapest` is the smallest cost that one can have, `limit` what was asked for."""
+
+    def __init__(self, message: str, cheapest: float, limit: float) -> None:
+        super().__init__(message)
+        self.cheapest, self.limit = cheapest, limit
+
+
+class PolicyMismatchError(QPruneError, ValueError):
+    """A policy that was made for another network, or that names bits a layer cannot have."""
+
+
+class CheckpointError(QPruneError, RuntimeError):
+    """A file that cannot be written or read back: damaged, of another kind, of a newer format, or for another network."""
+
+
+class NonFiniteError(QPruneError, ArithmeticError):
+    """A loss or an activation became infinite or NaN; `step` and `layer` say where."""
+
+    def __init__(self, message: str, step: int, layer: str | None) -> None:
+        super().__init__(message)
+        self.step, self.layer = step, layer

@@ -1,0 +1,102 @@
+"""Parameters → mixing coefficients p."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qprune.errors import QPruneError
+
+MODES = ("relaxed", "sampled", "fixed")
+
+
+class Gate(nn.Module):
+    """The mixing coefficients of K candidates, one row for a layer or one per filter.
+
+    modes    "relaxed": softmax((logits + noise) / temperature); "sampled": the one-hot argmax of the same, with the softmax's gradient
+             (straight-through Gumbel-softmax, 1611.01144); "fixed": the one-hot `choice`, without gradient
+    logits   parameter [K] or [C, K], zero at the start (every candidate equally likely)
+    noise    buffer like logits, zero unless `sample` drew Gumbel noise; drawn outside the forward pass, so that all ranks can draw the same
+    forward  returns p, float32, of the shape of logits; rows sum to 1
+    """
+
+    noise: Tensor
+    temperature: Tensor
+    choice: Tensor
+
+    def __init__(self, candidates: int, rows: int | None = None, device: torch.device | None = None) -> None:
+        super().__init__()
+        shape = (candidates,) if rows is None else (rows, candidates)
+        self.logits = nn.Parameter(torch.zeros(shape, device=device))
+        self.register_buffer("noise", torch.zeros(shape, device=device), persistent=False)
+        self.register_buffer("temperature", torch.ones((), device=device), persistent=False)
+        self.register_buffer("choice", torch.zeros(shape[:-1], dtype=torch.int64, device=device))
+        self.mode = "relaxed"
+
+    def forward(self) -> Tensor:
+        if self.mode == "fixed":
+            return F.one_hot(self.choice, self.logits.size(-1)).to(torch.float32)
+        soft = ((self.logits.float() + self.noise) / self.temperature).softmax(-1)
+        if self.mode == "relaxed":
+            return soft
+        hard = F.one_hot(soft.argmax(-1), self.logits.size(-1)).to(soft.dtype)
+        return hard + (soft - soft.detach())
+
+    @torch.no_grad()
+    def sample(self, generator: torch.Generator | None = None) -> None:
+        """Draw new Gumbel noise. With the same generator state, every rank draws the same."""
+        uniform = torch.rand(self.noise.shape, generator=generator).clamp_(1e-20, 1 - 1e-7)
+        self.noise.copy_(-(-uniform.log()).log())
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # A float network's state_dict knows nothing of gates: they stay as they are instead of being reported as missing.
+        if f"{prefix}logits" in state_dict:
+            super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.logits.shape)}, mode={self.mode}"
+
+
+class Constant(nn.Module):
+    """The gate of a layer with one candidate: p = 1, no parameters."""
+
+    one: Tensor
+
+    def __init__(self, rows: int | None = None, device: torch.device | None = None) -> None:
+        super().__init__()
+        self.register_buffer("one", torch.ones((1,) if rows is None else (rows, 1), device=device), persistent=False)
+
+    def forward(self) -> Tensor:
+        return self.one
+
+
+def make_gate(candidates: int, rows: int | None = None, device: torch.device | None = None) -> Gate | Constant:
+    return Constant(rows, device) if candidates == 1 else Gate(candidates, rows, device)
+
+
+def gates(model: nn.Module) -> Iterator[tuple[str, Gate]]:
+    """The gates that have something to learn, with their names, in the order of the model's modules."""
+    for name, module in model.named_modules():
+        if isinstance(module, Gate):
+            yield name, module
+
+
+def set_gates(model: nn.Module, mode: str | None = None, temperature: float | None = None) -> None:
+    """Set the mode and the softmax temperature of every gate of a prepared model."""
+    if mode is not None and mode not in MODES:
+        raise QPruneError(f"unknown gate mode {mode!r}: expected one of {', '.join(MODES)}")
+    for _, gate in gates(model):
+        if mode is not None:
+            gate.mode = mode
+        if temperature is not None:
+            gate.temperature.fill_(temperature)
+
+
+def sample_gates(model: nn.Module, generator: torch.Generator | None = None) -> None:
+    """Draw new Gumbel noise for every gate, in module order, from one generator."""
+    for _, gate in gates(model):
+        gate.sample(generator)

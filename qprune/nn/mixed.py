@@ -1,0 +1,90 @@
+"""Layers that hold several candidate bit widths: MixedConv2d, MixedLinear, MixedActivation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qprune.gates import make_gate
+from qprune.nn.mixing import Mixing, check_input
+from qprune.nn.surgery import take_over
+from qprune.quantizers import InputQuantizer
+from qprune.space import FLOAT, SearchSpace
+
+
+class MixedConv2d(Mixing, nn.Conv2d):
+    """nn.Conv2d with candidate bits for its weight and its input.
+
+    Takes nn.Conv2d's arguments, then a SearchSpace as `space=`, or its fields (w_bits=, a_bits=, granularity=, …). `weight` and `bias` are
+    nn.Conv2d's, so a float state_dict loads with strict=True. The input [N, C, H, W] (or [C, H, W]) is quantized per tensor, the weight per
+    filter or per layer; the output is
+
+        y[:, f] = Σ_{w,a} p[f, w, a] · conv(A_a(x), Q_w(W[f])) + bias[f]
+
+    evaluated as one convolution. Starting ranges of the input come from `qprune.calibrate`, or from the first batch in training mode.
+    """
+
+    def __init__(self, *args: Any, space: SearchSpace | None = None, **options: Any) -> None:
+        layer, fields = _split_options(options)
+        nn.Conv2d.__init__(self, *args, **layer)
+        self.setup_mixing(space or SearchSpace(**fields))
+
+    @classmethod
+    def from_float(cls, conv: nn.Conv2d, space: SearchSpace) -> MixedConv2d:
+        """The mixed layer with the parameters, buffers, hooks, device, dtype and mode of `conv`, sharing its tensors."""
+        return take_over(cls, conv, lambda mixed: mixed.setup_mixing(space))
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_input(self, x, (3, 4), self.in_channels, -3)
+        mixed, weight = self.mix(x if x.dim() == 4 else x.unsqueeze(0))
+        y = self._conv_forward(mixed, weight, self.bias)
+        return y if x.dim() == 4 else y.squeeze(0)
+
+
+class MixedLinear(Mixing, nn.Linear):
+    """nn.Linear with candidate bits for its weight and its input; arguments and behaviour as MixedConv2d. Input [*, in_features]."""
+
+    def __init__(self, *args: Any, space: SearchSpace | None = None, **options: Any) -> None:
+        layer, fields = _split_options(options)
+        nn.Linear.__init__(self, *args, **layer)
+        self.setup_mixing(space or SearchSpace(**fields))
+
+    @classmethod
+    def from_float(cls, linear: nn.Linear, space: SearchSpace) -> MixedLinear:
+        """The mixed layer with the parameters, buffers, hooks, device, dtype and mode of `linear`, sharing its tensors."""
+        return take_over(cls, linear, lambda mixed: mixed.setup_mixing(space))
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_input(self, x, tuple(range(1, 9)), self.in_features, -1)
+        mixed, weight = self.mix(x.reshape(-1, self.in_features))
+        return F.linear(mixed, weight, self.bias).reshape(*x.shape[:-1], self.out_features)
+
+
+class MixedActivation(nn.Module):
+    """Candidate bits for an activation where it is produced: y = Σ_k p_k A_k(x), p for the tensor or for every channel.
+
+    a_bits    candidate bits
+    channels  None: one choice for the tensor; a number: one choice per channel of dimension 1 (Zur et al., 1904.09872)
+    """
+
+    def __init__(self, a_bits: tuple[int, ...] = (2, 4, 8), channels: int | None = None, input_quantizer: str = "pact") -> None:
+        super().__init__()
+        self.space = SearchSpace((FLOAT,), a_bits, input_quantizer=input_quantizer)
+        self.channels = channels
+        self.gate = make_gate(len(self.space.a_bits), channels)
+        self.quantizer = InputQuantizer(input_quantizer, self.space.a_bits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_input(self, x, tuple(range(2, 6)), self.channels or (x.size(1) if x.dim() > 1 else 0), 1)
+        return self.quantizer(x, self.gate())  # type: ignore[no-any-return]
+
+
+_SPACE_FIELDS = frozenset(SearchSpace.__dataclass_fields__) - {"candidates"}
+
+
+def _split_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Keyword arguments of the plain layer, and those of SearchSpace."""
+    fields = {name: value for name, value in options.items() if name in _SPACE_FIELDS}
+    return {name: value for name, value in options.items() if name not in fields}, fields

@@ -1,0 +1,138 @@
+"""Layers with fixed bits: QuantConv2d, QuantLinear. What `convert` makes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qprune.errors import SpaceError
+from qprune.nn.mixing import check_input
+from qprune.nn.surgery import take_over
+from qprune.quantizers import InputQuantizer, Quantizer, WeightQuantizer
+from qprune.space import FLOAT, check_bits
+
+
+class Quantizing(nn.Module):
+    """Mixin of QuantConv2d and QuantLinear: y = layer(A(x), Q(W)) with one activation width and one weight width per filter.
+
+    w_bits  tuple of one int per filter; filters of 0 bits have zero weight
+    a_bits  int; 32 = the input stays as it is
+    """
+
+    weight: nn.Parameter
+    one_hot: Tensor
+    layer_name: str = ""
+
+    def setup_quantizing(
+        self, w_bits: int | Sequence[int], a_bits: int, weight_quantizer: str, input_quantizer: str, scales: str, mixed: Any = None
+    ) -> None:
+        """Add quantizers for these bits; ranges come from `mixed`, the layer that was searched, where it is given."""
+        filters, device = self.weight.size(0), self.weight.device
+        per_filter = (w_bits,) * filters if isinstance(w_bits, int) else tuple(w_bits)
+        if len(per_filter) != filters:
+            raise SpaceError(f"w_bits: expected one int or one per filter ({filters}), got {len(per_filter)}")
+        distinct = check_bits("w_bits", sorted(set(per_filter)))
+        (self.a_bits,) = check_bits("a_bits", a_bits)
+        self.w_bits = per_filter
+        rows = torch.tensor([distinct.index(b) for b in per_filter], device=device)
+        self.register_buffer("one_hot", F.one_hot(rows, len(distinct)).to(torch.float32), persistent=False)
+        self.weight_quantizer = WeightQuantizer(weight_quantizer, distinct, filters if scales == "filter" else 1, device)
+        self.input_quantizer = InputQuantizer(input_quantizer, (self.a_bits,), device)
+        self.weight_quantizer.start(self.weight)
+        if mixed is not None:
+            _copy_candidates(mixed.weight_quantizer, self.weight_quantizer)
+            _copy_candidates(mixed.input_quantizer, self.input_quantizer)
+
+    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """A(x) and Q(W)."""
+        if self.a_bits != FLOAT:
+            x = self.input_quantizer(x, torch.ones(1, device=x.device))
+        return x, self.weight_quantizer(self.weight, self.one_hot)
+
+    def bits_repr(self) -> str:
+        distinct = self.weight_quantizer.bits
+        return f", w_bits={distinct[0] if len(distinct) == 1 else distinct}, a_bits={self.a_bits}"
+
+
+@torch.no_grad()
+def _copy_candidates(source: Quantizer, target: Quantizer) -> None:
+    """The ranges, offsets and sign of those candidates of `source` that `target` has."""
+    picks = [source.bits.index(b) for b in target.bits]
+    for name, value in [*target.named_parameters(), *target.named_buffers()]:
+        there = getattr(source, name)
+        value.copy_(there[:, picks] if there.dim() == 2 else there)
+    if isinstance(source, InputQuantizer) and isinstance(target, InputQuantizer):
+        target.calibrated = target.calibrated or source.calibrated
+
+
+class QuantConv2d(Quantizing, nn.Conv2d):
+    """nn.Conv2d on a quantized weight and a quantized input [N, C, H, W].
+
+    Takes nn.Conv2d's arguments, then w_bits (one int, or one per filter), a_bits, and the quantizers' names as in SearchSpace.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        w_bits: int | Sequence[int] = 8,
+        a_bits: int = 8,
+        weight_quantizer: str = "lsq",
+        input_quantizer: str = "pact",
+        scales: str = "filter",
+        **layer: Any,
+    ) -> None:
+        nn.Conv2d.__init__(self, *args, **layer)
+        self.setup_quantizing(w_bits, a_bits, weight_quantizer, input_quantizer, scales)
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_input(self, x, (3, 4), self.in_channels, -3)
+        quantized, weight = self.quantize(x if x.dim() == 4 else x.unsqueeze(0))
+        y = self._conv_forward(quantized, weight, self.bias)
+        return y if x.dim() == 4 else y.squeeze(0)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + self.bits_repr()
+
+
+class QuantLinear(Quantizing, nn.Linear):
+    """nn.Linear on a quantized weight and a quantized input [*, in_features]; arguments as QuantConv2d."""
+
+    def __init__(
+        self,
+        *args: Any,
+        w_bits: int | Sequence[int] = 8,
+        a_bits: int = 8,
+        weight_quantizer: str = "lsq",
+        input_quantizer: str = "pact",
+        scales: str = "filter",
+        **layer: Any,
+    ) -> None:
+        nn.Linear.__init__(self, *args, **layer)
+        self.setup_quantizing(w_bits, a_bits, weight_quantizer, input_quantizer, scales)
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_input(self, x, tuple(range(1, 9)), self.in_features, -1)
+        quantized, weight = self.quantize(x.reshape(-1, self.in_features))
+        return F.linear(quantized, weight, self.bias).reshape(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + self.bits_repr()
+
+
+def fix_bits(mixed: nn.Module, w_bits: int | Sequence[int], a_bits: int) -> QuantConv2d | QuantLinear:
+    """The layer that a mixed layer becomes when its bits are decided; it shares the mixed layer's weight and bias."""
+    cls: type[QuantConv2d] | type[QuantLinear] = QuantConv2d if isinstance(mixed, nn.Conv2d) else QuantLinear
+    space, added = mixed.space, {"weight_quantizer", "input_quantizer", "weight_gate", "input_gate"}
+
+    def setup(layer: QuantConv2d | QuantLinear) -> None:
+        for name in added:
+            layer._modules.pop(name, None)
+        for name in ("space", "picks", "pair_groups"):
+            layer.__dict__.pop(name, None)
+        layer.setup_quantizing(w_bits, a_bits, space.weight_quantizer, space.input_quantizer, space.scales, mixed)
+
+    return take_over(cls, mixed, setup)

@@ -1,0 +1,236 @@
+"""Parameters → candidate quantizers (offset β, range r, steps n, zero point z), and their starting values."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import minimize_scalar
+from torch import Tensor, nn
+
+from qprune.kernels import IDENTITY, mix_quantize
+from qprune.space import FLOAT, PRUNED
+
+_TINY = 1e-8
+_SAMPLE = 1 << 16
+
+
+def weight_grid(kind: str, bits: int) -> tuple[float, float]:
+    """(n, z) of a signed weight quantizer. One bit is the two levels ±r/2 for every kind."""
+    if bits in (PRUNED, FLOAT):
+        return (0.0, 0.0) if bits == PRUNED else (IDENTITY, 0.0)
+    if bits == 1:
+        return 1.0, 0.5
+    if kind == "symmetric":
+        return 2.0 * (2 ** (bits - 1) - 1), 2.0 ** (bits - 1) - 1
+    n = 2.0**bits - 1
+    return n, 2.0 ** (bits - 1) if kind == "lsq" else n / 2
+
+
+def input_grid(bits: int) -> tuple[float, float]:
+    """(n, z) of an activation quantizer: z = 0, since a signed input is expressed by a negative offset."""
+    return {PRUNED: (0.0, 0.0), FLOAT: (IDENTITY, 0.0)}.get(bits, (2.0**bits - 1, 0.0))
+
+
+@functools.cache
+def gaussian_range(n: float, z: float) -> float:
+    """The range r that minimises E[(x − Q(x))²] for x ~ N(0, 1) (Max 1960 tabulates the same steps r/n)."""
+    x = np.linspace(-6, 6, 6001)
+    density = np.exp(-(x**2) / 2)
+
+    def error(step: float) -> float:
+        q = np.clip(np.round(x / step + z), 0, n) - z
+        return float((density * (x - q * step) ** 2).sum())
+
+    return float(minimize_scalar(error, bounds=(0.5 / (n + 1), 4.0), method="bounded", options={"xatol": 1e-6}).x) * n
+
+
+class Quantizer(nn.Module):
+    """K candidate quantizers with learned ranges, and their weighted sum as one fused pass.
+
+    log_range  parameter [rows, K], the logarithm of r in the unit of the tensor: r stays positive, and its gradient is scale-free (LSQ
+               divides the gradient of the step by sqrt(N·n) instead). Candidates of 0 and 32 bits have an entry that is never used.
+    """
+
+    def __init__(self, bits: Sequence[int], grid: Sequence[tuple[float, float]], rows: int, device: torch.device | None) -> None:
+        super().__init__()
+        self.bits = tuple(bits)
+        self.steps = [n for n, _ in grid]
+        self.zero_point = [z for _, z in grid]
+        self.pass_through = [0] * len(self.bits)
+        self.log_range = nn.Parameter(torch.zeros(rows, len(self.bits), device=device))
+        self.loaded = True
+
+    def mix(self, x: Tensor, offset: Tensor, r: Tensor, p: Tensor, axis: int, picks: Sequence[int], groups: Sequence[int]) -> Tensor:
+        """One fused pass with the candidates `picks`: offset, r [1 or C, K], p [1 or C, K], in float32 (float64 for float64 x)."""
+        rows, dtype = max(r.size(0), p.size(0)), torch.float64 if x.dtype == torch.float64 else torch.float32
+        offset, r, p = (t.to(dtype).expand(rows, -1) for t in (offset, r, p))
+        steps, zero_point, through = ([values[k] for k in picks] for values in (self.steps, self.zero_point, self.pass_through))
+        return mix_quantize(x, offset, r, p, steps, zero_point, axis, groups, through, None)
+
+    @property
+    def searched(self) -> list[int]:
+        """The candidates that do quantize."""
+        return [k for k, b in enumerate(self.bits) if b not in (PRUNED, FLOAT)]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # A float network's state_dict knows nothing of quantizers: they start anew instead of being reported as missing.
+        self.loaded = f"{prefix}log_range" in state_dict
+        if self.loaded:
+            super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}, rows={self.log_range.size(0)}"
+
+
+class WeightQuantizer(Quantizer):
+    """Signed quantizers of a weight [F, …] along dimension 0: "lsq", "symmetric" or "dorefa" grids (see SearchSpace).
+
+    One bit is sign(w) · mean|w| (1603.05279), its range taken from the weight at every call, with the gradient passed through.
+    """
+
+    def __init__(self, kind: str, bits: Sequence[int], rows: int, device: torch.device | None = None) -> None:
+        super().__init__(bits, [weight_grid(kind, b) for b in bits], rows, device)
+        self.kind = kind
+        self.pass_through = [int(b == 1) for b in bits]
+
+    @torch.no_grad()
+    def start(self, weight: Tensor) -> None:
+        """Ranges that minimise the squared error of a Gaussian with the rows' root mean square."""
+        w = weight.detach().float().reshape(self.log_range.size(0), -1)
+        if w.numel() == 0:
+            return
+        rms = w.square().mean(1).sqrt()
+        fallback = torch.full_like(rms, _TINY) if self.kind == "dorefa" else rms.square().mean().sqrt().expand_as(rms)
+        fallback = torch.where(fallback > 0, fallback, 1.0)
+        rms = torch.where(rms > 0, rms, fallback)
+        for k in self.searched:
+            self.log_range[:, k] = (rms * gaussian_range(self.steps[k], self.zero_point[k])).log()
+
+    def ranges(self, weight: Tensor) -> Tensor:
+        """r [rows, K]."""
+        r = self.log_range.float().exp()
+        if 1 not in self.bits:
+            return r
+        magnitude = weight.detach().float().abs()
+        mean = magnitude.flatten(1).mean(1) if r.size(0) > 1 else magnitude.mean().reshape(1)
+        binary = (2 * mean).clamp_min(_TINY).unsqueeze(1)
+        return torch.cat([binary if b == 1 else r[:, k : k + 1] for k, b in enumerate(self.bits)], dim=1)
+
+    def forward(self, weight: Tensor, p: Tensor, picks: Sequence[int] | None = None, groups: Sequence[int] | None = None) -> Tensor:
+        """Σ_k p_k Q_k(weight). weight [F, C, …], p [K] or [F, K].
+
+        With joint candidates, picks[i] is the weight candidate of pair i and groups[i] the number of its activation quantizer; p has one
+        column per pair, and the result is [F, M·C, …].
+        """
+        r = self.ranges(weight)
+        picks = range(len(self.bits)) if picks is None else picks
+        if list(picks) != list(range(len(self.bits))):
+            r = torch.cat([r[:, k : k + 1] for k in picks], dim=1)
+        group = [0] * len(picks) if groups is None else groups
+        return self.mix(weight, torch.zeros_like(r), r, p.reshape(-1, len(picks)), 0, picks, group)
+
+
+def _negative_share(bits: int) -> float:
+    """The part of a signed activation's range that lies below zero: 2^(b−1) of 2^b − 1 steps (two's complement); half for one bit."""
+    if bits in (PRUNED, FLOAT):
+        return 0.0
+    return 0.5 if bits == 1 else 2.0 ** (bits - 1) / (2.0**bits - 1)
+
+
+class InputQuantizer(Quantizer):
+    """Quantizers of an activation, per tensor: "pact" (clip learned) or "lsq+" (clip and offset learned).
+
+    Whether the input can be negative is a buffer, not structure: a signed input has the two's-complement grid, expressed by a negative
+    offset. It is found, with starting ranges, by `calibrate`, or by the first training batch.
+    """
+
+    signed: Tensor
+    negative_share: Tensor
+
+    def __init__(self, kind: str, bits: Sequence[int], device: torch.device | None = None) -> None:
+        super().__init__(bits, [input_grid(b) for b in bits], 1, device)
+        self.kind = kind
+        self.register_buffer("signed", torch.zeros((), device=device))
+        below = [[_negative_share(b) for b in bits]]
+        self.register_buffer("negative_share", torch.tensor(below, device=device), persistent=False)
+        if kind == "lsq+":
+            self.offset = nn.Parameter(torch.zeros(1, len(self.bits), device=device))
+        self.calibrated = not self.searched
+        self._default_ranges()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.calibrated = self.calibrated or self.loaded
+
+    @torch.no_grad()
+    def _default_ranges(self) -> None:
+        """Ranges for an input of unit variance, until something better is known."""
+        for k in self.searched:
+            self.log_range[:, k] = math.log(gaussian_range(self.steps[k], 0.0) if self.steps[k] > 1 else 1.0)
+
+    def offsets(self, r: Tensor) -> Tensor:
+        """β [1, K] for ranges r [1, K]."""
+        if self.kind == "lsq+":
+            return self.offset
+        return -self.signed * r * self.negative_share
+
+    @torch.no_grad()
+    def observe_sign(self, x: Tensor) -> None:
+        """Remember if x has negative values."""
+        if x.numel():
+            self.signed.copy_(torch.maximum(self.signed, (x.detach().amin() < 0).to(self.signed.dtype)))
+
+    @torch.no_grad()
+    def calibrate(self, x: Tensor) -> None:
+        """Set the sign and the ranges (and offsets) that minimise the squared error on x, on at most 65,536 of its values; no host sync.
+
+        In a distributed job all ranks agree on the mean.
+        """
+        self.calibrated = True
+        if not self.searched or not x.numel():
+            return
+        self.observe_sign(x)
+        flat = x.detach().reshape(-1)[:: max(1, x.numel() // _SAMPLE)].float()
+        low, high = flat.amin(), flat.amax()
+        peak = torch.where(self.signed > 0, flat.abs().amax(), high).clamp_min(_TINY)
+        fractions = torch.linspace(0.02, 1.0, 50, device=flat.device) ** 1.5
+        for k in self.searched:
+            n, below = self.steps[k], _negative_share(self.bits[k])
+            if self.kind == "lsq+":
+                r = (high - low).clamp_min(_TINY) * fractions
+                beta = low * fractions * (low < 0)
+            else:
+                r = peak * fractions * (1 + self.signed * (1 / below - 1))
+                beta = -self.signed * r * below
+            errors = torch.stack([_squared_error(flat, b, s, n) for b, s in zip(beta, r)])
+            best = errors.argmin().reshape(1)  # an index tensor: r[int] would read it back to the host
+            self.log_range[:, k] = _mean_over_ranks(r.index_select(0, best)).log()
+            if self.kind == "lsq+":
+                self.offset[:, k] = _mean_over_ranks(beta.index_select(0, best))
+
+    def forward(self, x: Tensor, p: Tensor, split: bool = False) -> Tensor:
+        """Σ_k p_k Q_k(x) for x [N, C, …] and p [K] or [C, K]; with `split`, all Q_k(x) side by side along dimension 1 and p is not used."""
+        if not self.calibrated and self.training:
+            self.calibrate(x)
+        r, k = self.log_range.float().exp(), len(self.bits)
+        coefficients = torch.ones_like(r) if split else p.reshape(-1, k)
+        groups = range(k) if split else [0] * k
+        return self.mix(x, self.offsets(r), r, coefficients, 1, range(k), list(groups))
+
+
+def _squared_error(x: Tensor, beta: Tensor, r: Tensor, n: float) -> Tensor:
+    q = torch.round(((x - beta) / r).clamp(0, 1) * n)
+    return (x - beta - q * (r / n)).square().mean()
+
+
+def _mean_over_ranks(value: Tensor) -> Tensor:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        value = value.clone()
+        torch.distributed.all_reduce(value)
+        value /= torch.distributed.get_world_size()
+    return value

@@ -1,0 +1,89 @@
+"""What may be chosen: the candidate bits of a layer, and how finely they are chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from qprune.errors import SpaceError
+
+PRUNED, FLOAT = 0, 32
+BITS = (PRUNED, *range(1, 9), FLOAT)
+GRANULARITIES = ("layer", "filter")
+WEIGHT_QUANTIZERS = ("lsq", "symmetric", "dorefa")
+INPUT_QUANTIZERS = ("pact", "lsq+")
+
+
+def check_bits(name: str, bits: Any) -> tuple[int, ...]:
+    """`bits` as a tuple of distinct members of {0, 1 … 8, 32}; raises SpaceError otherwise. One int stands for one candidate."""
+    values = (bits,) if isinstance(bits, int) else tuple(bits) if isinstance(bits, Iterable) and not isinstance(bits, str) else None
+    if values is None:
+        raise SpaceError(f"{name}: expected bits like (2, 4, 8), got {bits!r}")
+    if not values:
+        raise SpaceError(f"{name}: the candidate list is empty; give at least one of {BITS}")
+    for b in values:
+        if isinstance(b, bool) or not isinstance(b, int) or b not in BITS:
+            raise SpaceError(f"{name}: {b!r} is not a bit width; expected one of 0 (pruned), 1 … 8, 32 (float)")
+    if len(set(values)) != len(values):
+        raise SpaceError(f"{name}: {values} names a candidate twice")
+    return values
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise SpaceError(f"{name}: {value!r} is unknown; expected one of {', '.join(known)}")
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """The candidates of a layer.
+
+    w_bits, a_bits    candidate bits of weights and of the layer's input, from {0, 1 … 8, 32}; 0 = pruned, 32 = float
+    granularity       "layer": one choice of weight bits for the whole layer; "filter": one per output filter
+    pairs             joint candidates (w, a), instead of every weight choice with every activation choice; sets w_bits and a_bits
+    joint             True: joint candidates made of all pairs of w_bits x a_bits
+    weight_quantizer  "lsq" (two's complement, 1902.08153), "symmetric" (zero-centred, 2^b − 1 levels), "dorefa" (2^b levels, none at
+                      zero, 1606.06160)
+    input_quantizer   "pact" (learned clip, 1805.06085), "lsq+" (learned clip and offset, 2004.09576)
+    scales            weight scales: one per "filter" or one per "layer"
+
+    Raises SpaceError for anything else.
+    """
+
+    w_bits: tuple[int, ...] = (2, 4, 8)
+    a_bits: tuple[int, ...] = (2, 4, 8)
+    granularity: str = "layer"
+    pairs: tuple[tuple[int, int], ...] | None = None
+    joint: bool = False
+    weight_quantizer: str = "lsq"
+    input_quantizer: str = "pact"
+    scales: str = "filter"
+    candidates: tuple[tuple[int, int], ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.pairs is not None:
+            pairs = tuple((int(w), int(a)) for w, a in self.pairs)
+            if len(set(pairs)) != len(pairs):
+                raise SpaceError(f"pairs: {pairs} names a candidate twice")
+            w_bits, a_bits = (tuple(dict.fromkeys(side)) for side in (zip(*pairs, strict=True) if pairs else ((), ())))
+            self._set(pairs=pairs, joint=True, w_bits=w_bits, a_bits=a_bits)
+        self._set(w_bits=check_bits("w_bits", self.w_bits), a_bits=check_bits("a_bits", self.a_bits))
+        _one_of("granularity", self.granularity, GRANULARITIES)
+        _one_of("scales", self.scales, GRANULARITIES)
+        _one_of("weight_quantizer", self.weight_quantizer, WEIGHT_QUANTIZERS)
+        _one_of("input_quantizer", self.input_quantizer, INPUT_QUANTIZERS)
+        self._set(candidates=self.pairs or tuple((w, a) for w in self.w_bits for a in self.a_bits))
+
+    def _set(self, **values: Any) -> None:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def fixed(cls, w_bits: int, a_bits: int, **options: Any) -> SearchSpace:
+        """A space of one candidate: nothing is searched, the layer is quantized to these bits."""
+        return cls((w_bits,), (a_bits,), **options)
+
+    @property
+    def is_fixed(self) -> bool:
+        return len(self.candidates) == 1
