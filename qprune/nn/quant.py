@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qprune.errors import SpaceError
-from qprune.nn.mixing import check_input
-from qprune.nn.surgery import take_over
+from qprune.nn.mixing import Mixing, check_input
+from qprune.nn.surgery import plain, take_over
 from qprune.quantizers import InputQuantizer, Quantizer, WeightQuantizer
-from qprune.space import FLOAT, check_bits
+from qprune.space import FLOAT, SearchSpace, check_bits
 
 
 class Quantizing(nn.Module):
@@ -123,16 +123,16 @@ class QuantLinear(Quantizing, nn.Linear):
         return super().extra_repr() + self.bits_repr()
 
 
-def fix_bits(mixed: nn.Module, w_bits: int | Sequence[int], a_bits: int) -> QuantConv2d | QuantLinear:
-    """The layer that a mixed layer becomes when its bits are decided; it shares the mixed layer's weight and bias."""
-    cls: type[QuantConv2d] | type[QuantLinear] = QuantConv2d if isinstance(mixed, nn.Conv2d) else QuantLinear
-    space, added = mixed.space, {"weight_quantizer", "input_quantizer", "weight_gate", "input_gate"}
+def fix_bits(layer: nn.Conv2d | nn.Linear, w_bits: int | Sequence[int], a_bits: int, space: SearchSpace) -> QuantConv2d | QuantLinear:
+    """The layer with these bits, sharing the weight and bias of `layer`; a mixed layer keeps its ranges and quantizers, for a plain one
+    they are those of `space`."""
+    cls: type[QuantConv2d] | type[QuantLinear] = QuantConv2d if isinstance(layer, nn.Conv2d) else QuantLinear
+    mixed = layer if isinstance(layer, Mixing) else None
+    space = layer.space if isinstance(layer, Mixing) else space
 
-    def setup(layer: QuantConv2d | QuantLinear) -> None:
-        for name in added:
-            layer._modules.pop(name, None)
+    def setup(fixed: QuantConv2d | QuantLinear) -> None:
         for name in ("space", "picks", "pair_groups"):
-            layer.__dict__.pop(name, None)
-        layer.setup_quantizing(w_bits, a_bits, space.weight_quantizer, space.input_quantizer, space.scales, mixed)
+            fixed.__dict__.pop(name, None)
+        fixed.setup_quantizing(w_bits, a_bits, space.weight_quantizer, space.input_quantizer, space.scales, mixed)
 
-    return take_over(cls, mixed, setup)
+    return take_over(cls, plain(layer), setup)

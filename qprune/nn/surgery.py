@@ -1,8 +1,8 @@
-"""Turn a layer into another class that computes the same and more, without losing anything it holds."""
+"""Turn a layer into another class that computes the same and more, without losing anything it holds; swap layers in a model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from torch import nn
@@ -21,3 +21,28 @@ def take_over(cls: type[Layer], source: nn.Module, setup: Callable[[Layer], None
         layer.__dict__[name] = value.copy() if isinstance(value, dict) else value
     setup(layer)
     return layer.train(source.training)
+
+
+def plain(layer: nn.Module) -> nn.Module:
+    """The nn.Conv2d or nn.Linear that a mixed or quantized layer extends, sharing its weight and bias; other layers as they are."""
+
+    def strip(copy: nn.Module) -> None:
+        copy._modules.clear()
+        copy._buffers.clear()
+        copy._load_state_dict_post_hooks.clear()
+
+    for base in (nn.Conv2d, nn.Linear):
+        if isinstance(layer, base) and type(layer) is not base and type(layer).__module__.startswith("qprune."):
+            return take_over(base, layer, strip)
+    return layer
+
+
+def replace_modules(model: nn.Module, swaps: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    """The model with every module in `swaps` replaced wherever it is registered, also more than once; the model itself may be one."""
+    if model in swaps:
+        return swaps[model]
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is not None and child in swaps:
+                parent._modules[name] = swaps[child]
+    return model

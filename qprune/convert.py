@@ -1,0 +1,89 @@
+"""Mixed model + policy → the network with fixed bits."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from qprune.errors import PolicyMismatchError
+from qprune.geometry import Geometry, weighted_layers
+from qprune.nn.mixing import Mixing
+from qprune.nn.quant import fix_bits
+from qprune.nn.surgery import plain, replace_modules
+from qprune.policy import LayerBits, Policy
+from qprune.record import attach, record_of, unwrap
+from qprune.space import PRUNED, SearchSpace
+
+
+def convert(model: nn.Module, policy: Policy, space: SearchSpace | None = None) -> nn.Module:
+    """A copy of the model with the policy's bits: QuantConv2d and QuantLinear for layers it names, plain torch layers for the rest.
+
+    model   prepared: ranges that were learned for the chosen bits are kept; or float: ranges start from the weights
+    space   names the quantizers for a float model (default SearchSpace())
+
+    Filters at 0 bits have zero weight; their bias, if any, remains a constant. Raises PolicyMismatchError for a policy of another network,
+    for bits that were not candidates, and where a layer would lose all its filters without a residual path around it.
+    """
+    record = record_of(model)
+    geometry = record.geometry if record is not None else None
+    if geometry is not None:
+        policy.check(geometry)
+        check_survivors(policy, geometry)
+    elif policy.geometry is not None:
+        check_survivors(policy, policy.geometry)
+    final = copy.deepcopy(unwrap(model))
+    layers = dict(weighted_layers(final))
+    for name in policy.layers:
+        if name not in layers:
+            raise PolicyMismatchError(f"the policy names layer {name!r}, which this network does not have")
+    swaps = {}
+    for name, layer in layers.items():
+        if name not in policy.layers:
+            swaps[layer] = plain(layer)
+            continue
+        swaps[layer] = _fix(name, layer, policy.layers[name], space or SearchSpace())
+    final = replace_modules(final, {old: new for old, new in swaps.items() if old is not new})
+    if record is not None:
+        attach(final, record)
+    return final
+
+
+def _fix(name: str, layer: nn.Module, bits: LayerBits, space: SearchSpace) -> nn.Module:
+    if not isinstance(layer, nn.Conv2d | nn.Linear):
+        raise PolicyMismatchError(f"layer {name}: {type(layer).__name__} cannot be quantized, but the policy gives it bits")
+    per_filter = bits.per_filter(layer.weight.size(0))
+    if len(per_filter) != layer.weight.size(0):
+        raise PolicyMismatchError(
+            f"layer {name}: the policy has w_bits for {len(per_filter)} filters, the layer has {layer.weight.size(0)}"
+        )
+    if isinstance(layer, Mixing):
+        missing = set(per_filter) - set(layer.space.w_bits) or {bits.a_bits} - set(layer.space.a_bits)
+        if missing:
+            raise PolicyMismatchError(
+                f"layer {name}: {missing.pop()} bits is not a candidate; it has w_bits {layer.space.w_bits}, a_bits {layer.space.a_bits}"
+            )
+    fixed = fix_bits(layer, bits.w_bits, bits.a_bits, space)
+    fixed.layer_name = name
+    with torch.no_grad():
+        fixed.weight[[f for f, b in enumerate(per_filter) if b == PRUNED]] = 0
+    return fixed
+
+
+def check_survivors(policy: Policy, geometry: Geometry) -> None:
+    """Raise PolicyMismatchError if a layer passes nothing on (all filters, or its input, at 0 bits) and nothing passes around it."""
+    for name, bits in policy.layers.items():
+        if name in geometry.layers and (set(bits.per_filter(1)) == {PRUNED} or bits.a_bits == PRUNED) and not has_bypass(geometry, name):
+            raise PolicyMismatchError(
+                f"layer {name}: all its filters are at 0 bits and no residual path carries the signal around it; keep at least one filter"
+            )
+
+
+def has_bypass(geometry: Geometry, name: str) -> bool:
+    """True if a residual addition gives every channel of the layer's output another source (a depthwise layer in series is none)."""
+    groups = [group for group in geometry.groups if name in group.producers]
+    return bool(groups) and all(
+        any(other != name and geometry.layers[other].inputs > 1 for other in group.producers) and geometry.layers[name].inputs > 1
+        for group in groups
+    )

@@ -1,0 +1,169 @@
+"""The geometry of a network: what costs are computed from. Found by running the network once, whatever its control flow."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qprune.errors import InputError
+
+ExampleInputs = Tensor | Sequence[Any] | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class LayerGeometry:
+    """A layer with weights. macs = positions · filters · inputs · kernel, per sample, over all calls of a shared layer.
+
+    filters    rows of the weight (output channels, or features)
+    inputs     input channels that one filter sees (C / groups)
+    kernel     weights per filter and input channel (kh · kw; 1 for a linear layer)
+    groups     convolution groups
+    positions  output positions per sample (input positions for a transposed convolution)
+    """
+
+    name: str
+    kind: str
+    filters: int
+    inputs: int
+    kernel: int
+    groups: int
+    positions: int
+
+    @property
+    def macs(self) -> int:
+        return self.positions * self.weights
+
+    @property
+    def weights(self) -> int:
+        return self.filters * self.inputs * self.kernel
+
+    @property
+    def channels(self) -> int:
+        return self.inputs * self.groups
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Channels that can only be removed together. Channel r of the group is produced by filter producers[layer][r] of every producer (several
+    where a residual adds them, or a depthwise layer passes them on) and read as input channel i by every pair (i, r) in consumers[layer]."""
+
+    size: int
+    producers: dict[str, tuple[int, ...]]
+    consumers: dict[str, tuple[tuple[int, int], ...]]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """All layers in the order of their first use, and the channel groups that tie them (empty where they could not be traced)."""
+
+    layers: dict[str, LayerGeometry]
+    groups: tuple[ChannelGroup, ...] = field(default=())
+
+    @property
+    def fingerprint(self) -> str:
+        """A short hash of the layers: a policy made for one network is refused by another."""
+        rows = [asdict(layer) for layer in self.layers.values()]
+        return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"layers": [asdict(layer) for layer in self.layers.values()], "groups": [asdict(group) for group in self.groups]}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Geometry:
+        layers = {row["name"]: LayerGeometry(**row) for row in data["layers"]}
+        groups = tuple(
+            ChannelGroup(
+                row["size"],
+                {name: tuple(filters) for name, filters in row["producers"].items()},
+                {name: tuple((int(i), int(r)) for i, r in pairs) for name, pairs in row["consumers"].items()},
+            )
+            for row in data["groups"]
+        )
+        return cls(layers, groups)
+
+
+def run(model: nn.Module, example_inputs: ExampleInputs) -> Any:
+    """Call the model with a tensor, a tuple of arguments or a dict of keyword arguments, moved to the model's device."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+
+    def move(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    if isinstance(example_inputs, Tensor):
+        return model(move(example_inputs))
+    if isinstance(example_inputs, Mapping):
+        return model(**{name: move(value) for name, value in example_inputs.items()})
+    if isinstance(example_inputs, Sequence) and not isinstance(example_inputs, str):
+        return model(*(move(value) for value in example_inputs))
+    raise InputError(f"example_inputs: expected a tensor, a tuple of arguments or a dict of keywords, got {type(example_inputs).__name__}")
+
+
+def weighted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Convolutions (any dimension, transposed too) and linear layers, each once, under its first name."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
+            yield name, module
+
+
+def _describe(name: str, layer: nn.Module, positions: int) -> LayerGeometry:
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    kernel = weight[0, 0].numel()
+    kind = type(layer).__name__.removeprefix("Mixed").removeprefix("Quant")
+    groups = layer.groups if isinstance(layer, nn.modules.conv._ConvNd) else 1
+    return LayerGeometry(name, kind, weight.size(0), weight.size(1), kernel, groups, positions)
+
+
+class observing:
+    """A `with` block in which `callback(name, layer, x, y)` sees the input and output of every weighted layer."""
+
+    def __init__(self, model: nn.Module, callback: Any) -> None:
+        self.model, self.callback = model, callback
+
+    def __enter__(self) -> None:
+        def hook(name: str) -> Any:
+            return lambda layer, args, output: self.callback(name, layer, args[0], output)
+
+        self.handles = [layer.register_forward_hook(hook(name)) for name, layer in weighted_layers(self.model)]
+
+    def __exit__(self, *exception: Any) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def trace_geometry(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, LayerGeometry]:
+    """Run the model once in eval mode, without gradients, and describe its layers in the order of their first use. Layers that were not called
+    are left out. Nothing of the model changes."""
+    positions: dict[str, int] = {}
+    layers = dict(weighted_layers(model))
+
+    def record(name: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
+        spread = x if getattr(layer, "transposed", False) else y
+        batch = x.size(0) if x.dim() > 1 else 1
+        per_sample = spread.numel() // (spread.size(-1 if isinstance(layer, nn.Linear) else 1) * batch) if spread.numel() else 0
+        positions[name] = positions.get(name, 0) + per_sample
+
+    modes = {module: module.training for module in model.modules()}
+    try:
+        with observing(model.eval(), record), torch.no_grad():
+            run(model, example_inputs)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return {name: _describe(name, layers[name], count) for name, count in positions.items()}
+
+
+def float_twin(model: nn.Module) -> nn.Module:
+    """A deep copy in which every mixed or quantized layer is the plain layer it came from."""
+    from qprune.nn.surgery import plain, replace_modules
+
+    twin = copy.deepcopy(model)
+    swaps = {module: plain(module) for _, module in weighted_layers(twin)}
+    return replace_modules(twin, {module: layer for module, layer in swaps.items() if layer is not module})

@@ -1,0 +1,84 @@
+"""Which channels must be pruned together: torch-pruning's dependency graph of the float network, reduced to names and indices."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import nn
+
+from qprune.geometry import ChannelGroup, ExampleInputs, float_twin, weighted_layers
+
+log = logging.getLogger("qprune")
+
+
+def channel_groups(model: nn.Module, example_inputs: ExampleInputs) -> tuple[ChannelGroup, ...]:
+    """The channel groups of a network (see ChannelGroup), or none, with one log line, where it cannot be traced.
+
+    The graph follows gradients through one call with example_inputs on a float copy with every parameter trainable: a frozen parameter would
+    hide its layer. Channels whose way to a consumer is ambiguous are left out, so that no cost counts them as removable.
+    """
+    import torch_pruning
+
+    twin = float_twin(model).eval().requires_grad_(True)
+    inputs = example_inputs if isinstance(example_inputs, torch.Tensor | dict) else tuple(example_inputs)
+    try:
+        with torch.enable_grad():
+            graph = torch_pruning.DependencyGraph().build_dependency(twin, inputs)
+            return _collect(twin, graph)
+    except Exception as error:  # whatever an unknown network makes the tracer raise, search goes on without groups
+        log.warning("qprune: no channel groups (%s: %s); pruned filters save their own cost only", type(error).__name__, error)
+        return ()
+
+
+def _collect(twin: nn.Module, graph: object) -> tuple[ChannelGroup, ...]:
+    layers = {module: name for name, module in weighted_layers(twin) if isinstance(module, nn.Conv2d | nn.Linear)}
+    groups: list[ChannelGroup] = []
+    grouped: set[str] = set()
+    for module, name in layers.items():
+        if name in grouped:
+            continue
+        try:
+            handler = graph.get_pruner_of_module(module).prune_out_channels  # type: ignore[attr-defined]
+            items = graph.get_pruning_group(module, handler, list(range(module.weight.size(0))))  # type: ignore[attr-defined]
+        except (KeyError, AttributeError, ValueError):
+            continue
+        group = _one_group(items, layers)
+        grouped.update(group.producers)
+        groups.append(group)
+    return _without_conflicts(groups)
+
+
+def _one_group(items: object, layers: dict[nn.Module, str]) -> ChannelGroup:
+    producers: dict[str, dict[int, int]] = {}
+    consumers: dict[str, set[tuple[int, int]]] = {}
+    for item in items:  # type: ignore[attr-defined]
+        name = layers.get(item.dep.target.module)
+        if name is None:
+            continue
+        pairs = [(int(i), int(r)) for i, r in zip(item.idxs, item.root_idxs, strict=True) if r is not None]
+        if item.dep.handler.__name__ == "prune_in_channels":
+            consumers.setdefault(name, set()).update(pairs)
+        else:
+            producers.setdefault(name, {}).update({r: i for i, r in pairs})
+            if getattr(item.dep.target.module, "groups", 1) > 1 and item.dep.target.module.weight.size(1) == 1:
+                consumers.setdefault(name, set()).update(pairs)
+    size = max(len(filters) for filters in producers.values())
+    complete = {name: tuple(filters[r] for r in range(size)) for name, filters in producers.items() if len(filters) == size}
+    broken = len(complete) < len(producers)
+    return ChannelGroup(size, complete, {} if broken else {name: tuple(sorted(pairs)) for name, pairs in consumers.items()})
+
+
+def _without_conflicts(groups: list[ChannelGroup]) -> tuple[ChannelGroup, ...]:
+    """Drop a consumer from every group if one of its input channels is claimed twice: the tracer did not follow that path exactly."""
+    seen: dict[str, dict[int, tuple[int, int]]] = {}
+    ambiguous: set[str] = set()
+    for number, group in enumerate(groups):
+        for name, pairs in group.consumers.items():
+            for i, r in pairs:
+                if seen.setdefault(name, {}).setdefault(i, (number, r)) != (number, r):
+                    ambiguous.add(name)
+    return tuple(
+        ChannelGroup(group.size, group.producers, {name: pairs for name, pairs in group.consumers.items() if name not in ambiguous})
+        for group in groups
+    )

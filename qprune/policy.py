@@ -1,0 +1,127 @@
+"""What was chosen: the bits of every layer, as a small JSON file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qprune.errors import CheckpointError, PolicyMismatchError, SpaceError
+from qprune.files import write_atomically
+from qprune.geometry import Geometry
+from qprune.space import FLOAT, PRUNED, check_bits
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class LayerBits:
+    """w_bits: one int, or one per filter; a_bits: one int."""
+
+    w_bits: int | tuple[int, ...]
+    a_bits: int
+
+    def per_filter(self, filters: int) -> tuple[int, ...]:
+        return (self.w_bits,) * filters if isinstance(self.w_bits, int) else self.w_bits
+
+
+def _layer_bits(name: str, value: Any) -> LayerBits:
+    if isinstance(value, LayerBits):
+        return value
+    try:
+        w, a = (value["w_bits"], value["a_bits"]) if isinstance(value, Mapping) else value
+    except (KeyError, TypeError, ValueError):
+        raise PolicyMismatchError(f"layer {name}: expected w_bits and a_bits, got {value!r}") from None
+    try:
+        check_bits("a_bits", a)
+        check_bits("w_bits", w if isinstance(w, int) else sorted(set(w)))
+    except (SpaceError, TypeError) as error:
+        raise PolicyMismatchError(f"layer {name}: {error}") from None
+    return LayerBits(w if isinstance(w, int) else tuple(w), a)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The bits of every layer that is quantized; layers that are not named stay float.
+
+    layers    {layer name: LayerBits, or {"w_bits": …, "a_bits": …}, or (w_bits, a_bits)}
+    geometry  of the network it was made for (None: it cannot be costed on its own)
+
+    Raises PolicyMismatchError for bits that do not exist, layers that the geometry lacks, and per-filter lists of the wrong length.
+    """
+
+    layers: Mapping[str, LayerBits]
+    geometry: Geometry | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", {name: _layer_bits(name, value) for name, value in self.layers.items()})
+        if self.geometry is not None:
+            self.check(self.geometry)
+
+    def check(self, geometry: Geometry) -> None:
+        """Raise PolicyMismatchError unless every layer is in `geometry` with as many filters as bits, and the policy was made for it."""
+        if self.geometry is not None and self.geometry.fingerprint != geometry.fingerprint:
+            raise PolicyMismatchError(
+                f"the policy was made for another network (fingerprint {self.geometry.fingerprint}, this one has {geometry.fingerprint})"
+            )
+        for name, bits in self.layers.items():
+            if name not in geometry.layers:
+                raise PolicyMismatchError(f"the policy names layer {name!r}, which this network does not have")
+            filters = geometry.layers[name].filters
+            if not isinstance(bits.w_bits, int) and len(bits.w_bits) != filters:
+                raise PolicyMismatchError(f"layer {name}: the policy has w_bits for {len(bits.w_bits)} filters, the layer has {filters}")
+
+    @classmethod
+    def uniform(cls, geometry: Geometry, w_bits: int, a_bits: int, fixed: Mapping[str, LayerBits | None] | None = None) -> Policy:
+        """The homogeneous network: these bits everywhere, except the layers in `fixed`, which keep theirs (None: float)."""
+        fixed = fixed or {}
+        layers = {name: fixed.get(name, LayerBits(w_bits, a_bits)) for name in geometry.layers}
+        return cls({name: bits for name, bits in layers.items() if bits is not None}, geometry)
+
+    def bits(self, name: str) -> LayerBits:
+        """The bits of a layer; 32 and 32 for one that the policy does not name."""
+        return self.layers.get(name, LayerBits(FLOAT, FLOAT))
+
+    def pruned(self) -> dict[str, list[int]]:
+        """The filters at 0 bits, per layer that has some."""
+        rows = {name: (bits.w_bits,) if isinstance(bits.w_bits, int) else bits.w_bits for name, bits in self.layers.items()}
+        return {name: [f for f, b in enumerate(row) if b == PRUNED] for name, row in rows.items() if PRUNED in row}
+
+    def to_json(self) -> str:
+        layers = {
+            name: {"w_bits": bits.w_bits if isinstance(bits.w_bits, int) else list(bits.w_bits), "a_bits": bits.a_bits}
+            for name, bits in self.layers.items()
+        }
+        data: dict[str, Any] = {"format": FORMAT, "fingerprint": None, "layers": layers}
+        if self.geometry is not None:
+            data |= {"fingerprint": self.geometry.fingerprint, "geometry": self.geometry.to_json()}
+        return json.dumps(data, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Policy:
+        """Read `to_json`'s text. Raises CheckpointError for anything else, and for a newer format."""
+        try:
+            data = json.loads(text)
+            version, layers = data["format"], data["layers"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise CheckpointError(f"not a policy file: {type(error).__name__}: {error}") from None
+        if version != FORMAT:
+            raise CheckpointError(f"the policy has format {version}; this version of qprune reads format {FORMAT}")
+        return cls(layers, Geometry.from_json(data["geometry"]) if data.get("geometry") else None)
+
+    def save(self, path: str | Path) -> None:
+        write_atomically(Path(path), self.to_json().encode())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Policy:
+        try:
+            text = Path(path).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"cannot read the policy {path}: {error}") from None
+        return cls.from_json(text)
+
+
+def mean_bits(bits: int | Sequence[int]) -> float:
+    return float(bits) if isinstance(bits, int) else sum(bits) / max(len(bits), 1)
