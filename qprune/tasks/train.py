@@ -1,0 +1,298 @@
+"""Plain supervised training: of the float network, of the network a search returns, and of the uniform baselines.
+
+    history = fit(model, task.loader("train", 64, generator), epochs=12, val_loader=task.loader("val", 256))
+
+Nothing prints; `progress` and `on_epoch` are told what happens.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels import InputError, QPruneError
+
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+QUANTIZER_MODULES = ("weight_quantizer", "input_quantizer")
+QUANTIZER_PARAMETERS = ("log_range", "offset")
+
+
+class Batches(Protocol):
+    """A loader: a known number of (x, y) batches, afresh on every pass."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+    def __len__(self) -> int: ...
+
+
+class NonFiniteError(QPruneError, ArithmeticError):
+    """The loss became NaN or infinite. `step` counts from 0 over the whole run; `layer` is None if every layer's output was finite."""
+
+    def __init__(self, step: int, layer: str | None, loss: float) -> None:
+        self.step, self.layer, self.loss = step, layer, loss
+        where = f"first non-finite output in layer {layer!r}" if layer is not None else "every layer's output is finite, so it is the loss"
+        super().__init__(f"loss is {loss} at step {step}: {where}; lower the learning rate or check the data")
+
+
+def parameter_groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
+    """Trainable parameters as (decayed, not decayed, quantizer).
+
+    Decayed are weights of two or more dimensions; not decayed are biases and normalisation parameters. A quantizer parameter is called
+    log_range or offset, or lives in a weight_quantizer or an input_quantizer.
+    """
+    groups: tuple[list[nn.Parameter], ...] = ([], [], [])
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            *modules, leaf = name.split(".")
+            quantizer = leaf in QUANTIZER_PARAMETERS or any(module in QUANTIZER_MODULES for module in modules)
+            groups[2 if quantizer else int(parameter.dim() < 2)].append(parameter)
+    return groups[0], groups[1], groups[2]
+
+
+def rate(step: int, total: int, warmup: float) -> float:
+    """Factor on the learning rate in step 0..total-1: linear rise over the share `warmup` of the run, then half a cosine towards 0."""
+    rise = warmup * total
+    if step < rise:
+        return (step + 1) / (rise + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1.0, total - rise)))
+
+
+class Trainer:
+    """A run of `epochs` passes that can stop after any pass and go on elsewhere: `state_dict` holds weights, optimizers and history.
+
+    The state of the loader's generator is not part of it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        epochs: int,
+        *,
+        lr: float = 0.1,
+        momentum: float = 0.9,
+        weight_decay: float = 5e-4,
+        quantizer_lr: float = 1e-3,
+        warmup: float = 0.1,
+        loss: LossFunction = F.cross_entropy,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        if epochs < 0:
+            raise InputError(f"epochs must not be negative, got {epochs}")
+        self.model, self.epochs, self.warmup, self.loss, self.autocast = model, epochs, warmup, loss, autocast
+        self.history: list[dict[str, float]] = []
+        self.step = 0
+        decayed, plain, quantizer = parameter_groups(model)
+        groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        groups = [group for group in groups if group["params"]]
+        self.optimizers: list[tuple[torch.optim.Optimizer, float]] = []
+        if groups:
+            self.optimizers.append((torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0), lr))
+        if quantizer:
+            self.optimizers.append((torch.optim.Adam(quantizer, lr=quantizer_lr), quantizer_lr))
+
+    def run_epoch(self, loader: Batches, progress: Callable[[int, int, float], None] | None = None) -> dict[str, float]:
+        """One pass over `loader`, which must be as long in every pass. Returns and records {epoch, step, lr, loss, accuracy, seconds}.
+
+        progress(step, total steps of the run, loss) is called after every step.
+        """
+        started = time.perf_counter()
+        total = self.epochs * len(loader)
+        device = device_of(self.model)
+        self.model.train()
+        samples, loss_sum, correct = 0, 0.0, torch.zeros((), dtype=torch.int64, device=device)
+        for x, y in loader:
+            x, y = move(x, device), y.to(device, non_blocking=True)
+            factor = rate(self.step, total, self.warmup)
+            for optimizer, lr in self.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * factor
+                optimizer.zero_grad(set_to_none=True)
+            with torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None):
+                logits = self.model(x)
+                loss = self.loss(logits, y)
+                value = loss.item()
+                if not math.isfinite(value):
+                    inner = unwrapped(self.model)
+                    raise NonFiniteError(self.step, first_nonfinite_layer(inner, partial(inner, x)), value)
+            loss.backward()  # type: ignore[no-untyped-call]
+            for optimizer, _ in self.optimizers:
+                optimizer.step()
+            samples += len(y)
+            loss_sum += value * len(y)
+            correct += (logits.detach().argmax(1) == y).sum()
+            self.step += 1
+            if progress is not None:
+                progress(self.step, total, value)
+        if not samples:
+            raise InputError("the loader gave no batch")
+        record = {
+            "epoch": len(self.history),
+            "step": self.step,
+            "lr": self.optimizers[0][0].param_groups[0]["lr"] if self.optimizers else 0.0,
+            "loss": loss_sum / samples,
+            "accuracy": correct.item() / samples,
+            "seconds": time.perf_counter() - started,
+        }
+        self.history.append(record)
+        return record
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer, _ in self.optimizers],
+            "step": self.step,
+            "history": self.history,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        for (optimizer, _), saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.step = state["step"]
+        self.history = [dict(record) for record in state["history"]]
+
+
+def fit(
+    model: nn.Module,
+    loader: Batches | Callable[[int], Batches],
+    epochs: int,
+    *,
+    val_loader: Batches | None = None,
+    on_epoch: Callable[[dict[str, float], Trainer], None] | None = None,
+    progress: Callable[[int, int, float], None] | None = None,
+    resume: dict[str, Any] | None = None,
+    **options: Any,
+) -> list[dict[str, float]]:
+    """Train `model` in place for `epochs` passes and return one record per pass (`Trainer.run_epoch`, plus val_loss, val_accuracy).
+
+    `loader` may be a function of the epoch (0-based) that returns the loader. SGD with Nesterov momentum trains the weights, Adam the
+    quantizers' parameters at a rate of their own; both rates rise and then fall along a cosine. `options` are those of `Trainer`.
+    on_epoch(record, trainer) follows every pass; saving trainer.state_dict() there and giving it back as `resume` continues the run.
+    """
+    trainer = Trainer(model, epochs, **options)
+    if resume is not None:
+        trainer.load_state_dict(resume)
+    for epoch in range(len(trainer.history), epochs):
+        record = trainer.run_epoch(loader(epoch) if callable(loader) else loader, progress)
+        if val_loader is not None:
+            record["val_loss"], record["val_accuracy"] = evaluate(model, val_loader, trainer.loss)
+        if on_epoch is not None:
+            on_epoch(record, trainer)
+    return trainer.history
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, loader: Iterable[Any], loss: LossFunction = F.cross_entropy) -> tuple[float, float]:
+    """(mean loss, share of correct answers in 0..1) in eval mode; `loss` must be a mean over the batch. Module modes are put back."""
+    device = device_of(model)
+    samples, loss_sum, correct = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int64)
+    loss_sum, correct = loss_sum.to(device), correct.to(device)
+    with kept_modes(model):
+        model.eval()
+        for x, y in loader:
+            x, y = move(x, device), y.to(device, non_blocking=True)
+            logits = model(x)
+            loss_sum += loss(logits, y) * len(y)
+            correct += (logits.argmax(1) == y).sum()
+            samples += len(y)
+    if not samples:
+        raise InputError("the loader gave no batch")
+    return loss_sum.item() / samples, correct.item() / samples
+
+
+@torch.no_grad()
+def recalibrate_bn(model: nn.Module, loader: Iterable[Any], max_batches: int | None = None) -> None:
+    """Replace the running statistics of every BatchNorm by their plain average over the batches of `loader`.
+
+    All other modules run in eval mode. For after a change of the weights that the statistics have not seen: sampled architectures,
+    converted networks (slimmable networks call it post-statistics, 1903.05134).
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats]
+    if not norms:
+        return
+    device = device_of(model)
+    momenta = [module.momentum for module in norms]
+    with kept_modes(model):
+        model.eval()
+        for module in norms:
+            module.train()
+            module.reset_running_stats()
+            module.momentum = None  # cumulative average
+        try:
+            for index, (x, _) in enumerate(loader):
+                if index == max_batches:
+                    break
+                model(move(x, device))
+        finally:
+            for module, momentum in zip(norms, momenta):
+                module.momentum = momentum
+    if not norms[0].num_batches_tracked:
+        raise InputError("the loader gave no batch")
+
+
+@torch.no_grad()
+def first_nonfinite_layer(model: nn.Module, closure: Callable[[], object]) -> str | None:
+    """Name of the first module, in the order in which they finish, whose output holds NaN or infinity while `closure` runs the forward.
+
+    Children finish before their parents, so a leaf is named before the block around it; a block is named where its own arithmetic
+    overflows, and "" is the model itself. None if all outputs are finite. Buffers are left as they were.
+    """
+    found: list[str] = []
+
+    def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            values = output if isinstance(output, tuple | list) else (output,)
+            tensors = [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
+            if not found and not all(bool(value.isfinite().all()) for value in tensors):
+                found.append(name)
+
+        return hook
+
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules()]
+    try:
+        closure()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for buffer, value in buffers:
+            buffer.copy_(value)
+    return found[0] if found else None
+
+
+@contextmanager
+def kept_modes(model: nn.Module) -> Iterator[None]:
+    """Put every module's train/eval flag back afterwards (some may be frozen in eval inside a training model)."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network inside torch.compile and DistributedDataParallel: its hooks always run, and no other rank has to take part."""
+    while isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        model = getattr(model, "module" if isinstance(model, nn.parallel.DistributedDataParallel) else "_orig_mod")
+    return model
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the first parameter is; the CPU for a model without any."""
+    parameter = next(model.parameters(), None)
+    return parameter.device if parameter is not None else torch.device("cpu")
+
+
+def move(x: Tensor, device: torch.device) -> Tensor:
+    """x on `device`; images in channels_last."""
+    if x.dim() == 4:
+        return x.to(device, non_blocking=True, memory_format=torch.channels_last)
+    return x.to(device, non_blocking=True)
