@@ -1,6 +1,6 @@
 """Plain supervised training: of the float network, of the network a search returns, and of the uniform baselines.
 
-    history = fit(model, task.loader("train", 64, generator), epochs=12, val_loader=task.loader("val", 256))
+    history = fit(model, task.loader("train", 64, generator), epochs=40, val_loader=task.loader("val", 256))
 
 Nothing prints; `progress` and `on_epoch` are told what happens.
 """
