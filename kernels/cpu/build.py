@@ -1,8 +1,8 @@
 """Compile the C++ sources beside this file into one shared library, with the C++ compiler alone.
 
 The library exports plain C functions and is opened through ctypes, so it needs no Python headers and no binding generator and compiles in
-about ten seconds. Its name carries a hash of the sources, of torch's version and of the vector instructions of this machine: a library that does
-not fit is not found, rather than found and wrong. This file imports nothing from the package, so that setup.py can run it by its path.
+about fifteen seconds. Its name carries a hash of the sources, of torch's version and of the vector instructions of this machine: a library
+that does not fit is not found, rather than found and wrong. This file imports nothing from the package: setup.py can run it by its path.
 """
 
 from __future__ import annotations

@@ -14,35 +14,36 @@ namespace {
 constexpr int64_t kBlock = 1024;   // elements between buffers that stay in the first-level cache
 constexpr int64_t kLong = 4096;    // elements that a float32 lane sum may cover (256 terms a lane)
 
-using Forward = decltype(&forward_run<1, false, false>);
-using Backward = decltype(&backward_run<1, false, false, false>);
+using Forward = decltype(&forward_run<1, Mode{}>);
+using Backward = decltype(&backward_run<1, Mode{}>);
 
-template <bool kNoise, bool kTable, int... K>
-constexpr std::array<Forward, sizeof...(K)> forward_list(std::integer_sequence<int, K...>) {
-  return {&forward_run<K, kNoise, kTable>...};
+template <Mode mode, int... K>
+Forward forward_of(int k, std::integer_sequence<int, K...>) {
+  static constexpr Forward all[] = {&forward_run<K, mode>...};
+  return all[k];
 }
 
-template <bool kNoise, bool kTable, bool kOffset, int... K>
-constexpr std::array<Backward, sizeof...(K)> backward_list(std::integer_sequence<int, K...>) {
-  return {&backward_run<K, kNoise, kTable, kOffset>...};
+template <Mode mode, int... K>
+Backward backward_of(int k, std::integer_sequence<int, K...>) {
+  static constexpr Backward all[] = {&backward_run<K, mode>...};
+  return all[k];
 }
 
-Forward find_forward(int k, bool noise, bool table) {
-  constexpr auto counts = std::make_integer_sequence<int, kMost + 1>();
-  static constexpr std::array<Forward, kMost + 1> all[2][2] = {
-      {forward_list<false, false>(counts), forward_list<false, true>(counts)},
-      {forward_list<true, false>(counts), forward_list<true, true>(counts)}};
-  return all[noise][table][k];
+constexpr auto kCounts = std::make_integer_sequence<int, kMost + 1>();
+
+Forward find_forward(int k, const Mode& mode) {
+  if (mode.noise) return mode.table ? forward_of<Mode{.noise = true, .table = true}>(k, kCounts) : forward_of<Mode{.noise = true}>(k, kCounts);
+  if (mode.table) return forward_of<Mode{.table = true}>(k, kCounts);
+  return mode.shared ? forward_of<Mode{.shared = true}>(k, kCounts) : forward_of<Mode{}>(k, kCounts);
 }
 
-Backward find_backward(int k, bool noise, bool table, bool offset) {
-  constexpr auto counts = std::make_integer_sequence<int, kMost + 1>();
-  // Noise and rows of parameters are rare: they always compute the sum for the offset.
-  static constexpr std::array<Backward, kMost + 1> plain[2] = {backward_list<false, false, false>(counts), backward_list<false, false, true>(counts)};
-  static constexpr std::array<Backward, kMost + 1> rare[2][2] = {
-      {plain[1], backward_list<false, true, true>(counts)},
-      {backward_list<true, false, true>(counts), backward_list<true, true, true>(counts)}};
-  return noise || table ? rare[noise][table][k] : plain[offset][k];
+// Only the most frequent mode has a variant without the sum for the offset: each one costs time to compile.
+Backward find_backward(int k, const Mode& mode) {
+  if (mode.noise && mode.table) return backward_of<Mode{.noise = true, .table = true, .offset = true}>(k, kCounts);
+  if (mode.noise) return backward_of<Mode{.noise = true, .offset = true}>(k, kCounts);
+  if (mode.table) return backward_of<Mode{.table = true, .offset = true}>(k, kCounts);
+  if (mode.shared) return backward_of<Mode{.shared = true, .offset = true}>(k, kCounts);
+  return mode.offset ? backward_of<Mode{.offset = true}>(k, kCounts) : backward_of<Mode{}>(k, kCounts);
 }
 
 // Everything that one call needs. `grad` set: backward.
@@ -61,18 +62,21 @@ struct Call {
   std::vector<Pass> passes;
   std::vector<int64_t> sum_start;  // first sum of each pass, in a row of `sums` doubles
   int64_t sums = 0;
-  std::vector<Forward> forward;
-  std::vector<Backward> backward;
+  std::vector<std::array<Forward, 2>> forward;  // of each pass, and the same for rows that share β, r and z / n
+  std::vector<std::array<Backward, 2>> backward;
 
   void prepare(bool table) {
     passes = make_passes(candidates, layout.groups, grad != nullptr);
     for (const Pass& pass : passes) {
       sum_start.push_back(sums);
       sums += sum_slots(pass.count);
+      const Mode mode{.noise = seed != nullptr, .table = table, .shared = false, .offset = need_offset};
+      Mode shared = mode;
+      shared.shared = !mode.noise && !table;
       if (grad) {
-        backward.push_back(find_backward(pass.count, seed, table, need_offset));
+        backward.push_back({find_backward(pass.count, mode), find_backward(pass.count, shared)});
       } else {
-        forward.push_back(find_forward(pass.count, seed, table));
+        forward.push_back({find_forward(pass.count, mode), find_forward(pass.count, shared)});
       }
     }
   }
@@ -99,10 +103,17 @@ struct Buffers {
   alignas(64) float x[kBlock], noise[kBlock], outer[kBlock], dx[kBlock];
 };
 
-// Storage [first, first + n), n at most kBlock unless call.direct(). parameters[i] and sums[i] belong to pass i; `at` is the first element's
-// place in rows of parameters.
-void run_block(const Call& call, Buffers& b, int64_t first, int64_t n, const std::vector<const float*>& parameters, int64_t stride, int64_t at,
-               const std::vector<float*>& sums) {
+// What one row of parameters (or one table of them) means for the passes.
+struct PassData {
+  const float* parameters;
+  float* sums;
+  bool shared;
+};
+
+// The tile that starts at storage position `first`. Unless call.direct(), it is at most kBlock elements without gaps. `at` is the place of its first
+// element in tables of parameters and sums.
+void run_block(const Call& call, Buffers& b, int64_t first, const Tile& tile, const PassData* data, int64_t stride, int64_t at) {
+  const int64_t n = tile.rows == 1 ? tile.n : tile.rows * tile.pitch;
   const float* x = call.x_floats() ? call.x_floats() + first : b.x;
   if (x == b.x) load_block(call.x_type, call.x, first, b.x, n);
   if (call.seed) philox_noise(static_cast<uint64_t>(*call.seed), static_cast<uint64_t>(first), n, b.noise);
@@ -112,7 +123,7 @@ void run_block(const Call& call, Buffers& b, int64_t first, int64_t n, const std
     float* out = in_place ? static_cast<float*>(call.out) + first : b.outer;
     for (size_t i = 0; i < call.passes.size(); ++i) {
       const Pass& pass = call.passes[i];
-      call.forward[i](pass, parameters[i] + at, stride, x, b.noise, out, n);
+      call.forward[i][data[i].shared](pass, data[i].parameters + at, stride, x, b.noise, out, tile);
       if (pass.last && !in_place) {
         call.pieces(pass.group, first, n, [&](int64_t to, int64_t from, int64_t length) { store_block(call.out_type, call.out, to, out + from, length); });
       }
@@ -127,7 +138,7 @@ void run_block(const Call& call, Buffers& b, int64_t first, int64_t n, const std
     if (pass.first && !in_place) {
       call.pieces(pass.group, first, n, [&](int64_t from, int64_t to, int64_t length) { load_block(call.grad_type, call.grad, from, b.outer + to, length); });
     }
-    call.backward[i](pass, parameters[i] + at, stride, x, b.noise, grad, dx, sums[i] + at, n, i > 0);
+    call.backward[i][data[i].shared](pass, data[i].parameters + at, stride, x, b.noise, grad, dx, data[i].sums + at, tile, i > 0);
   }
   if (dx == b.dx) store_block(call.out_type, call.out, first, dx, n);
 }
@@ -137,36 +148,48 @@ void run_rows(const Call& call, const Partition& cut, int64_t unit, double* part
   const Layout& l = call.layout;
   const int64_t r = unit / (cut.channel_parts * cut.inner_parts), c = unit / cut.inner_parts % cut.channel_parts, j = unit % cut.inner_parts;
   const Range repeats = part(cut.repeats, cut.repeat_parts, r), channels = part(l.channels, cut.channel_parts, c), inner = part(l.inner, cut.inner_parts, j);
-  const size_t passes = call.passes.size();
-  std::vector<float> slots(passes * parameter_slots(kMost)), lanes(call.sums * kLanes);
-  std::vector<const float*> parameters;
-  std::vector<float*> sums;
-  for (size_t i = 0; i < passes; ++i) {
-    parameters.push_back(slots.data() + i * parameter_slots(kMost));
-    sums.push_back(lanes.data() + call.sum_start[i] * kLanes);
-  }
+  // Channels that come back keep their parameters and lane sums; one that does not passes them on to the next.
+  const bool come_back = repeats.end - repeats.begin > 1;
+  const int64_t places = come_back ? channels.end - channels.begin : 1, k = call.candidates.count;
+  const int64_t passes = static_cast<int64_t>(call.passes.size()), slots_per_pass = parameter_slots(kMost);
+  std::vector<float> slots(places * passes * slots_per_pass), lanes(call.grad ? places * call.sums * kLanes : 0);
+  std::vector<PassData> data(places * passes);
   Buffers buffers;
-  const int64_t longest = call.direct() ? kLong : kBlock, k = call.candidates.count;
+  const int64_t longest = call.direct() ? kLong : kBlock;
+  int64_t terms = 0;
+
+  auto prepare = [&](int64_t place, int64_t channel) {
+    for (int64_t i = 0; i < passes; ++i) {
+      float* const own = slots.data() + (place * passes + i) * slots_per_pass;
+      fill_slots(call.passes[i], call.candidates, call.offset + channel * k, call.range + channel * k, call.p + channel * k, call.grad != nullptr, own, 1);
+      float* const sums = call.grad ? lanes.data() + (place * call.sums + call.sum_start[i]) * kLanes : nullptr;
+      data[place * passes + i] = {own, sums, shares(call.passes[i], own)};
+    }
+  };
+  auto flush = [&](int64_t place, int64_t channel) {
+    double* const totals = partial + ((r * cut.inner_parts + j) * l.channels + channel) * call.sums;
+    float* const own = lanes.data() + place * call.sums * kLanes;
+    for (int64_t s = 0; s < call.sums; ++s) totals[s] += lane_sum(own + s * kLanes);
+    std::fill_n(own, call.sums * kLanes, 0.0f);
+  };
+
   for (int64_t repeat = repeats.begin; repeat < repeats.end; ++repeat) {
+    terms += inner.end - inner.begin;
+    const bool last = repeat + 1 == repeats.end || terms + inner.end - inner.begin > kLong;
     for (int64_t channel = channels.begin; channel < channels.end; ++channel) {
-      for (size_t i = 0; i < passes; ++i) {
-        fill_slots(call.passes[i], call.candidates, call.offset + channel * k, call.range + channel * k, call.p + channel * k, call.grad != nullptr,
-                   slots.data() + i * parameter_slots(kMost), 1);
-      }
-      const int64_t row = (repeat * l.channels + channel) * l.inner;
-      double* const totals = partial + ((r * cut.inner_parts + j) * l.channels + channel) * call.sums;
+      const int64_t place = come_back ? channel - channels.begin : 0, row = (repeat * l.channels + channel) * l.inner;
+      if (!come_back || repeat == repeats.begin) prepare(place, channel);
       for (int64_t i = inner.begin; i < inner.end; i += longest) {
-        if (call.grad) std::fill(lanes.begin(), lanes.end(), 0.0f);
-        run_block(call, buffers, row + i, std::min(longest, inner.end - i), parameters, 1, 0, sums);
-        for (int64_t s = 0; call.grad && s < call.sums; ++s) {
-          totals[s] += lane_sum(lanes.data() + s * kLanes);
-        }
+        const int64_t n = std::min(longest, inner.end - i);
+        run_block(call, buffers, row + i, {n, 1, 0}, data.data() + place * passes, 1, 0);
+        if (call.grad && (last || i + n < inner.end)) flush(place, channel);
       }
     }
+    if (last) terms = 0;
   }
 }
 
-// Parameters for kTable: for each pass a block of [slots, stride] floats whose columns repeat the channels of the storage.
+// Parameters for Mode::table: for each pass a block of [slots, stride] floats whose columns repeat the channels of the storage.
 struct Table {
   int64_t period, length, stride;
   std::vector<float> data;
@@ -194,22 +217,38 @@ struct Table {
 };
 
 void run_table(const Call& call, const Partition& cut, const Table& table, int64_t unit, double* partial) {
-  const Range repeats = part(call.layout.numel / table.period, cut.repeat_parts, unit);
+  const Range repeats = part(cut.repeats, cut.repeat_parts, unit);
+  const int64_t begin = repeats.begin * table.period, end = repeats.end * table.period, length = table.length;
   std::vector<float> columns(call.grad ? call.sums * table.stride : 0);
-  std::vector<float*> sums;
-  for (int64_t start : call.sum_start) sums.push_back(call.grad ? columns.data() + start * table.stride : nullptr);
-  double* const totals = partial + unit * call.layout.channels * call.sums;
+  std::vector<PassData> data;
+  for (size_t i = 0; i < call.passes.size(); ++i) {
+    data.push_back({table.parameters[i], call.grad ? columns.data() + call.sum_start[i] * table.stride : nullptr, false});
+  }
   Buffers buffers;
-  int64_t turns = 0;
-  for (int64_t first = repeats.begin * table.period; first < repeats.end * table.period; first += table.length) {
-    const int64_t n = std::min(table.length, repeats.end * table.period - first);
-    for (int64_t at = 0; at < n; at += kBlock) run_block(call, buffers, first + at, std::min(kBlock, n - at), table.parameters, table.stride, at, sums);
-    if (!call.grad || (++turns < kLong / kLanes && first + table.length < repeats.end * table.period)) continue;
+  // Columns are walked down several rows at a time, so that parameters and sums stay in registers; a tile fits the first-level cache.
+  const bool direct = call.direct();
+  const int64_t width = std::min(length, direct ? 256 : kBlock), height = direct ? 16 : std::max<int64_t>(kBlock / length, 1);
+  auto flush = [&] {
+    double* const totals = partial + unit * call.layout.channels * call.sums;
     for (int64_t s = 0; s < call.sums; ++s) {
-      for (int64_t i = 0; i < table.length; ++i) totals[i / call.layout.inner % call.layout.channels * call.sums + s] += columns[s * table.stride + i];
+      for (int64_t start = 0, channel = 0; start < length; start += call.layout.inner) {
+        for (int64_t i = start; i < start + call.layout.inner; ++i) totals[channel * call.sums + s] += columns[s * table.stride + i];
+        if (++channel == call.layout.channels) channel = 0;
+      }
     }
     std::fill(columns.begin(), columns.end(), 0.0f);
-    turns = 0;
+  };
+  int64_t rows_since_flush = 0;
+  for (int64_t first = begin; first < end;) {
+    // the last row may be incomplete, and is then a tile of its own
+    const int64_t rows = std::clamp<int64_t>((end - first) / length, 1, height), row = std::min(length, end - first);
+    for (int64_t at = 0; at < row; at += width) run_block(call, buffers, first + at, {std::min(width, row - at), rows, length}, data.data(), table.stride, at);
+    first += rows * row;
+    rows_since_flush += rows;
+    if (call.grad && (rows_since_flush + height > kLong / kLanes || first >= end)) {
+      flush();
+      rows_since_flush = 0;
+    }
   }
 }
 

@@ -72,11 +72,20 @@ inline void fill_slots(const Pass& pass, const Candidates& c, const float* offse
   slots[(3 * K + 1) * stride] = plain;
 }
 
+// Whether all candidates of the pass have the same β, r and z / n in this row.
+inline bool shares(const Pass& pass, const float* slots) {
+  const int K = pass.count;
+  for (int j = 1; j < K; ++j) {
+    if (slots[j] != slots[0] || slots[K + j] != slots[K] || pass.ratio[j] != pass.ratio[0]) return false;
+  }
+  return K > 1;
+}
+
 constexpr int64_t kUnit = 16384;  // elements that are worth handing to a thread
 
 // Storage is repeats x channels x inner. A unit is a range of each; `parts` units add to the same channel.
 struct Partition {
-  bool table;                       // short rows that repeat: parameters per element, see kTable
+  bool table;                       // short rows that repeat: see Mode::table
   int64_t repeats, repeat_parts, channel_parts, inner_parts;
 
   explicit Partition(const Layout& l) {

@@ -18,15 +18,15 @@ inline Mask equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
 inline Mask differs(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_NEQ_UQ); }
 inline Vec where(Mask m, Vec a, Vec b) { return _mm512_mask_blend_ps(m, b, a); }
 inline Vec fmadd_where(Mask m, Vec a, Vec b, Vec c) { return _mm512_mask3_fmadd_ps(a, b, c, m); }
-inline Vec add_where(Mask m, Vec a, Vec c) { return _mm512_mask_add_ps(c, m, c, a); }
+inline Vec fnmadd_where(Mask m, Vec a, Vec b, Vec c) { return _mm512_mask3_fnmadd_ps(a, b, c, m); }
 #else
 using Mask = Vec;
 inline Mask equal(Vec a, Vec b) { return a == b; }
 inline Mask differs(Vec a, Vec b) { return a != b; }
 inline Vec where(Mask m, Vec a, Vec b) { return Vec::blendv(b, a, m); }
-// m ? a * b + c : c, also where a * b is not finite
+// m ? c ± a * b : c, also where a * b is not finite
 inline Vec fmadd_where(Mask m, Vec a, Vec b, Vec c) { return Vec::blendv(c, at::vec::fmadd(a, b, c), m); }
-inline Vec add_where(Mask m, Vec a, Vec c) { return Vec::blendv(c, c + a, m); }
+inline Vec fnmadd_where(Mask m, Vec a, Vec b, Vec c) { return Vec::blendv(c, c - a * b, m); }
 #endif
 
 // Sum of kLanes floats, which are overwritten.
