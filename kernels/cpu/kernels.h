@@ -48,8 +48,8 @@ ALWAYS_INLINE void each(const F& f) {
   (std::make_integer_sequence<int, N>());
 }
 
-// N vectors, meant to stay in registers: they are made in one expression and indexed by constants, since GCC keeps an array in memory that it has once
-// seen in a loop, be it the loop of a default constructor.
+// N vectors, meant to stay in registers: they are made in one expression and indexed by constants, since GCC keeps an array in memory that
+// it has once seen in a loop, be it the loop of a default constructor.
 template <int N>
 struct Pack {
   Vec at[N];
@@ -144,8 +144,8 @@ void forward_run(const Pass& pass, const float* data, int64_t stride, const floa
 }
 
 template <int K, Mode mode>
-void backward_run(const Pass& pass, const float* data, int64_t stride, const float* x, const float* noise, const float* g, float* dx, float* sums,
-                  const Tile& tile, bool accumulate) {
+void backward_run(const Pass& pass, const float* data, int64_t stride, const float* x, const float* noise, const float* g, float* dx,
+                  float* sums, const Tile& tile, bool accumulate) {
   using Sums = Pack<sum_slots(K)>;
   const int64_t sum_stride = mode.table ? stride : kLanes;
   const bool plain = pass.plain;
@@ -155,7 +155,8 @@ void backward_run(const Pass& pass, const float* data, int64_t stride, const flo
   auto store_sums = [&](const Sums& total, int64_t i) __attribute__((always_inline)) {
     each<sum_slots(K)>([&](auto s) __attribute__((always_inline)) { total.at[s].store(sums + s * sum_stride + i); });
   };
-  auto element = [&](const Parameters<K>& parameters, const Vec& shared_weight, Sums& total, int64_t i, int64_t count) __attribute__((always_inline)) {
+  auto element = [&](const Parameters<K>& parameters, Vec shared_weight, Sums& total, int64_t i, int64_t count)
+      __attribute__((always_inline)) {
     const Vec v = Vec::loadu(x + i, count);
     const Vec e = mode.noise ? Vec::loadu(noise + i, count) : Vec(0.0f);
     const Vec poison = where(differs(v, v), v, Vec(0.0f));

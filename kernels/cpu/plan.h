@@ -51,8 +51,8 @@ inline std::vector<Pass> make_passes(const Candidates& c, int64_t groups, bool b
 }
 
 // The slots of `Parameters` for one pass and one row of offset, range and p.
-inline void fill_slots(const Pass& pass, const Candidates& c, const float* offset, const float* range, const float* p, bool backward, float* slots,
-                       int64_t stride) {
+inline void fill_slots(const Pass& pass, const Candidates& c, const float* offset, const float* range, const float* p, bool backward,
+                       float* slots, int64_t stride) {
   const int K = pass.count;
   float base = 0.0f, plain = 0.0f;
   for (int j = 0; j < K; ++j) {
