@@ -1,4 +1,11 @@
-"""qprune: choose how many bits every filter and activation of a convolutional network gets, within a budget."""
+"""qprune: choose how many bits every filter and activation of a convolutional network gets, within a budget.
+
+model = qprune.prepare(net, qprune.SearchSpace(w_bits=(2, 4, 8), a_bits=(2, 4, 8)), example_inputs=x)
+search = qprune.Search(model, qprune.Budget(bops="w4a4"))
+for x, y in loader:
+    search.step(lambda m: F.cross_entropy(m(x), y))
+final = qprune.convert(model, search.policy())
+"""
 
 from pathlib import Path as _Path
 
@@ -6,3 +13,59 @@ from pathlib import Path as _Path
 _root = _Path(__file__).resolve().parent.parent
 if not (_Path(__file__).parent / "kernels").is_dir() and (_root / "kernels" / "reference.py").is_file():
     __path__.append(str(_root))
+
+# ruff: noqa: E402
+from qprune import functional, nn
+from qprune._version import __version__
+from qprune.budget import Budget
+from qprune.checkpoint import load, save
+from qprune.convert import convert
+from qprune.cost import cost
+from qprune.errors import (
+    CheckpointError,
+    InfeasibleBudgetError,
+    NonFiniteError,
+    PolicyMismatchError,
+    QPruneError,
+    UnsupportedLayerError,
+)
+from qprune.gates import sample_gates, set_gates
+from qprune.groups import channel_groups
+from qprune.kernels import backend
+from qprune.policy import Policy
+from qprune.prepare import arch_parameters, calibrate, prepare, weight_parameters
+from qprune.report import plot, report
+from qprune.search.allocate import allocate
+from qprune.search.driver import Search
+from qprune.space import SearchSpace
+
+__all__ = [
+    "Budget",
+    "CheckpointError",
+    "InfeasibleBudgetError",
+    "NonFiniteError",
+    "Policy",
+    "PolicyMismatchError",
+    "QPruneError",
+    "Search",
+    "SearchSpace",
+    "UnsupportedLayerError",
+    "__version__",
+    "allocate",
+    "arch_parameters",
+    "backend",
+    "calibrate",
+    "channel_groups",
+    "convert",
+    "cost",
+    "functional",
+    "load",
+    "nn",
+    "plot",
+    "prepare",
+    "report",
+    "sample_gates",
+    "save",
+    "set_gates",
+    "weight_parameters",
+]

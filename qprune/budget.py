@@ -28,8 +28,10 @@ class Budget:
 
     bops  bit operations per sample     size  bits of all weights     macs  multiplications per sample
 
-    Each is an absolute number (1.5e9, "1.5G"; for size also bytes, "300kB"), a share of the float network ("2%"), or a uniform network ("w4a4":
-    what the network costs with 4-bit weights and activations, layers that are fixed keeping their bits). Raises BudgetError for anything else.
+    Each is an absolute number (1.5e9, "1.5G"; for size also bytes, "300kB"), a share of the float network ("2%"), or a uniform network
+    ("w4a4":
+    what the network costs with 4-bit weights and activations, layers that are fixed keeping their bits). Raises BudgetError for anything
+    else.
     """
 
     bops: Amount | None = None

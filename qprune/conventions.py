@@ -32,7 +32,8 @@ def zur(layer: LayerGeometry, w: Tensor, a: Tensor, c: Tensor) -> Tensor:
 
 
 def uniq(layer: LayerGeometry, w: Tensor, a: Tensor, c: Tensor) -> Tensor:
-    """UNIQ (1804.10969): c·k²·(a·w + a + w + log2(c·k²)), multiplication and accumulation. Reconstruction: quoted from memory of the paper."""
+    """UNIQ (1804.10969): c·k²·(a·w + a + w + log2(c·k²)), multiplication and accumulation. Reconstruction: quoted from memory of the
+    paper."""
     products = c * layer.kernel
     return products * (a * w + a + w + torch.log2(products.clamp_min(1)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -17,11 +18,11 @@ from qprune.record import attach, record_of, unwrap
 from qprune.space import PRUNED, SearchSpace
 
 
-def convert(model: nn.Module, policy: Policy, space: SearchSpace | None = None) -> nn.Module:
+def convert(model: nn.Module, policy: Policy, space: SearchSpace | Mapping[str, SearchSpace] | None = None) -> nn.Module:
     """A copy of the model with the policy's bits: QuantConv2d and QuantLinear for layers it names, plain torch layers for the rest.
 
     model   prepared: ranges that were learned for the chosen bits are kept; or float: ranges start from the weights
-    space   names the quantizers for a float model (default SearchSpace())
+    space   names the quantizers of a float model's layers, for all or by layer name (default SearchSpace())
 
     Filters at 0 bits have zero weight; their bias, if any, remains a constant. Raises PolicyMismatchError for a policy of another network,
     for bits that were not candidates, and where a layer would lose all its filters without a residual path around it.
@@ -38,12 +39,12 @@ def convert(model: nn.Module, policy: Policy, space: SearchSpace | None = None) 
     for name in policy.layers:
         if name not in layers:
             raise PolicyMismatchError(f"the policy names layer {name!r}, which this network does not have")
-    swaps = {}
+    swaps, default = {}, SearchSpace()
     for name, layer in layers.items():
         if name not in policy.layers:
             swaps[layer] = plain(layer)
             continue
-        swaps[layer] = _fix(name, layer, policy.layers[name], space or SearchSpace())
+        swaps[layer] = _fix(name, layer, policy.layers[name], space.get(name, default) if isinstance(space, Mapping) else space or default)
     final = replace_modules(final, {old: new for old, new in swaps.items() if old is not new})
     if record is not None:
         attach(final, record)

@@ -1,4 +1,5 @@
-"""What a choice costs: bit operations, multiplications and size, exact for a policy and differentiable for a model that is being searched."""
+"""What a choice costs: bit operations, multiplications and size, exact for a policy and differentiable for a model that is being
+searched."""
 
 from __future__ import annotations
 
@@ -74,8 +75,8 @@ def cost(
     convention      "product": MACs · b_w · b_a, float counting 32 (default); "zur" and "uniq": see qprune.conventions
     policy          with a model: the cost that the model would have with this policy
 
-    Multiplications are those of convolutions and linear layers. An input channel is counted as gone when every filter that produces it is at 0
-    bits. Raises InputError if the geometry is unknown, PolicyMismatchError if policy and model do not fit.
+    Multiplications are those of convolutions and linear layers. An input channel is counted as gone when every filter that produces it is
+    at 0 bits. Raises InputError if the geometry is unknown, PolicyMismatchError if policy and model do not fit.
     """
     if convention not in CONVENTIONS:
         raise InputError(f"cost: unknown convention {convention!r}; expected one of {', '.join(CONVENTIONS)}")
@@ -156,9 +157,9 @@ def evaluate(geometry: Geometry, choices: Mapping[str, Choice], convention: Conv
     rows = [layer_cost(layer, choices.get(name, float_choice), kept.get(name), convention) for name, layer in geometry.layers.items()]
     if not rows:
         raise BudgetError("the network has no convolution or linear layer: there is nothing to cost")
-    totals = (torch.stack([getattr(row, field) for row in rows]).sum() for field in ("bops", "macs", "size_bits"))
+    bops, macs, size = (torch.stack([getattr(row, field) for row in rows]).sum() for field in ("bops", "macs", "size_bits"))
     overhead = sum(_overhead(geometry.layers[name], choice) for name, choice in choices.items() if name in geometry.layers)
-    return Cost(*totals, overhead, tuple(rows))
+    return Cost(bops, macs, size, overhead, tuple(rows))
 
 
 def layer_cost(layer: LayerGeometry, choice: Choice, kept: Tensor | None, convention: Convention) -> LayerCost:

@@ -50,8 +50,9 @@ class CheckpointError(QPruneError, RuntimeError):
 
 
 class NonFiniteError(QPruneError, ArithmeticError):
-    """A loss or an activation became infinite or NaN; `step` and `layer` say where."""
+    """The loss became NaN or infinite. `step` counts from 0; `layer` is None if every layer's output was finite."""
 
-    def __init__(self, message: str, step: int, layer: str | None) -> None:
-        super().__init__(message)
-        self.step, self.layer = step, layer
+    def __init__(self, step: int, layer: str | None, loss: float) -> None:
+        self.step, self.layer, self.loss = step, layer, loss
+        where = f"first non-finite output in layer {layer!r}" if layer is not None else "every layer's output is finite, so it is the loss"
+        super().__init__(f"loss is {loss} at step {step}: {where}; lower the learning rate or check the data")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -51,8 +51,9 @@ class LayerGeometry:
 
 @dataclass(frozen=True)
 class ChannelGroup:
-    """Channels that can only be removed together. Channel r of the group is produced by filter producers[layer][r] of every producer (several
-    where a residual adds them, or a depthwise layer passes them on) and read as input channel i by every pair (i, r) in consumers[layer]."""
+    """Channels that can only be removed together. Channel r of the group is produced by filter producers[layer][r] of every producer
+    (several where a residual adds them, or a depthwise layer passes them on) and read as input channel i by every pair (i, r) in
+    consumers[layer]."""
 
     size: int
     producers: dict[str, tuple[int, ...]]
@@ -138,9 +139,21 @@ class observing:
             handle.remove()
 
 
+def run_observed(model: nn.Module, inputs: Iterable[ExampleInputs], callback: Any) -> None:
+    """Run the model in eval mode, without gradients, on several inputs, with `callback` as in `observing`. Modes are put back."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with observing(model.eval(), callback), torch.no_grad():
+            for batch in inputs:
+                run(model, batch)
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 def trace_geometry(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, LayerGeometry]:
-    """Run the model once in eval mode, without gradients, and describe its layers in the order of their first use. Layers that were not called
-    are left out. Nothing of the model changes."""
+    """Run the model once in eval mode, without gradients, and describe its layers in the order of their first use. Layers that were not
+    called are left out. Nothing of the model changes."""
     positions: dict[str, int] = {}
     layers = dict(weighted_layers(model))
 
@@ -150,13 +163,7 @@ def trace_geometry(model: nn.Module, example_inputs: ExampleInputs) -> dict[str,
         per_sample = spread.numel() // (spread.size(-1 if isinstance(layer, nn.Linear) else 1) * batch) if spread.numel() else 0
         positions[name] = positions.get(name, 0) + per_sample
 
-    modes = {module: module.training for module in model.modules()}
-    try:
-        with observing(model.eval(), record), torch.no_grad():
-            run(model, example_inputs)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    run_observed(model, [example_inputs], record)
     return {name: _describe(name, layers[name], count) for name, count in positions.items()}
 
 

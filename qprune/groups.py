@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,8 +16,8 @@ log = logging.getLogger("qprune")
 def channel_groups(model: nn.Module, example_inputs: ExampleInputs) -> tuple[ChannelGroup, ...]:
     """The channel groups of a network (see ChannelGroup), or none, with one log line, where it cannot be traced.
 
-    The graph follows gradients through one call with example_inputs on a float copy with every parameter trainable: a frozen parameter would
-    hide its layer. Channels whose way to a consumer is ambiguous are left out, so that no cost counts them as removable.
+    The graph follows gradients through one call with example_inputs on a float copy with every parameter trainable: a frozen parameter
+    would hide its layer. Channels whose way to a consumer is ambiguous are left out, so that no cost counts them as removable.
     """
     import torch_pruning
 
@@ -31,16 +32,16 @@ def channel_groups(model: nn.Module, example_inputs: ExampleInputs) -> tuple[Cha
         return ()
 
 
-def _collect(twin: nn.Module, graph: object) -> tuple[ChannelGroup, ...]:
-    layers = {module: name for name, module in weighted_layers(twin) if isinstance(module, nn.Conv2d | nn.Linear)}
+def _collect(twin: nn.Module, graph: Any) -> tuple[ChannelGroup, ...]:
+    layers: dict[nn.Module, str] = {module: name for name, module in weighted_layers(twin) if isinstance(module, nn.Conv2d | nn.Linear)}
     groups: list[ChannelGroup] = []
     grouped: set[str] = set()
     for module, name in layers.items():
         if name in grouped:
             continue
         try:
-            handler = graph.get_pruner_of_module(module).prune_out_channels  # type: ignore[attr-defined]
-            items = graph.get_pruning_group(module, handler, list(range(module.weight.size(0))))  # type: ignore[attr-defined]
+            handler = graph.get_pruner_of_module(module).prune_out_channels
+            items = graph.get_pruning_group(module, handler, list(range(len(module.get_parameter("weight")))))
         except (KeyError, AttributeError, ValueError):
             continue
         group = _one_group(items, layers)
@@ -49,10 +50,10 @@ def _collect(twin: nn.Module, graph: object) -> tuple[ChannelGroup, ...]:
     return _without_conflicts(groups)
 
 
-def _one_group(items: object, layers: dict[nn.Module, str]) -> ChannelGroup:
+def _one_group(items: Any, layers: dict[nn.Module, str]) -> ChannelGroup:
     producers: dict[str, dict[int, int]] = {}
     consumers: dict[str, set[tuple[int, int]]] = {}
-    for item in items:  # type: ignore[attr-defined]
+    for item in items:
         name = layers.get(item.dep.target.module)
         if name is None:
             continue

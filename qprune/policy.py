@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -121,7 +121,3 @@ class Policy:
         except (OSError, UnicodeDecodeError) as error:
             raise CheckpointError(f"cannot read the policy {path}: {error}") from None
         return cls.from_json(text)
-
-
-def mean_bits(bits: int | Sequence[int]) -> float:
-    return float(bits) if isinstance(bits, int) else sum(bits) / max(len(bits), 1)

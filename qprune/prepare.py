@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qprune.errors import InputError, RuleError, UnsupportedLayerError
-from qprune.geometry import ExampleInputs, Geometry, observing, run, trace_geometry, weighted_layers
+from qprune.geometry import ExampleInputs, Geometry, float_twin, run_observed, trace_geometry, weighted_layers
 from qprune.groups import channel_groups
 from qprune.nn.mixed import MixedConv2d, MixedLinear
 from qprune.nn.mixing import Mixing
@@ -55,7 +55,7 @@ def prepare(model: nn.Module, space: SearchSpace, rules: Rules | None = None, ex
         if isinstance(module, Mixing):
             mixed: Mixing = module
         else:
-            mixed = MixedConv2d.from_float(module, chosen) if isinstance(module, nn.Conv2d) else MixedLinear.from_float(module, chosen)
+            mixed = _mixed(module, chosen)
             swaps[module] = mixed
         mixed.layer_name = name
         if mixed.space.is_fixed:
@@ -65,6 +65,13 @@ def prepare(model: nn.Module, space: SearchSpace, rules: Rules | None = None, ex
     if example_inputs is not None:
         _observe_signs(prepared, example_inputs)
     return prepared
+
+
+def _mixed(layer: nn.Module, space: SearchSpace) -> Mixing:
+    if isinstance(layer, nn.Conv2d):
+        return MixedConv2d.from_float(layer, space)
+    assert isinstance(layer, nn.Linear)
+    return MixedLinear.from_float(layer, space)
 
 
 def assign_spaces(model: nn.Module, space: SearchSpace, rules: Rules) -> dict[str, SearchSpace | None]:
@@ -117,17 +124,15 @@ def _observe_signs(model: nn.Module, example_inputs: ExampleInputs) -> None:
         if isinstance(quantizer, InputQuantizer):
             quantizer.observe_sign(x)
 
-    _forward_in_eval(model, [example_inputs], observe)
+    run_observed(model, [example_inputs], observe)
 
 
 def calibrate(model: nn.Module, batches: Iterable[ExampleInputs | tuple[Tensor, Tensor]]) -> nn.Module:
     """Set the input ranges of every mixed or quantized layer from a few batches of real inputs, and find which inputs are signed.
 
-    batches  inputs as for `prepare`, or (x, y) pairs of which x is used. Each layer sees the float network's activations: the network runs in
-             eval mode with its quantizers off. Returns the model, changed in place. Raises InputError if there is no batch.
+    batches  inputs as for `prepare`, or (x, y) pairs of which x is used. Each layer sees the float network's activations: the network
+             runs in eval mode with its quantizers off. Returns the model, changed in place. Raises InputError if there is no batch.
     """
-    from qprune.geometry import float_twin
-
     samples: dict[str, list[Tensor]] = {}
 
     def collect(name: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
@@ -137,7 +142,7 @@ def calibrate(model: nn.Module, batches: Iterable[ExampleInputs | tuple[Tensor, 
     inputs = [_only_inputs(batch) for batch in batches]
     if not inputs:
         raise InputError("calibrate: no batches were given")
-    _forward_in_eval(float_twin(unwrap(model)), inputs, collect)
+    run_observed(float_twin(unwrap(model)), inputs, collect)
     for name, layer in weighted_layers(unwrap(model)):
         quantizer = getattr(layer, "input_quantizer", None)
         if isinstance(quantizer, InputQuantizer) and name in samples:
@@ -149,17 +154,6 @@ def _only_inputs(batch: ExampleInputs | tuple[Tensor, Tensor]) -> ExampleInputs:
     if isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Tensor) and not batch[1].is_floating_point():
         return batch[0]  # type: ignore[no-any-return]
     return batch
-
-
-def _forward_in_eval(model: nn.Module, inputs: Iterable[ExampleInputs], callback: object) -> None:
-    modes = {module: module.training for module in model.modules()}
-    try:
-        with observing(model.eval(), callback), torch.no_grad():
-            for batch in inputs:
-                run(model, batch)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def arch_parameters(model: nn.Module) -> list[nn.Parameter]:

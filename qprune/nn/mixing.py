@@ -33,7 +33,7 @@ class Mixing(nn.Module):
     weight_quantizer, input_quantizer
     """
 
-    weight: nn.Parameter
+    weight: Tensor
     layer_name: str = ""
 
     def setup_mixing(self, space: SearchSpace) -> None:

@@ -23,8 +23,9 @@ class Quantizing(nn.Module):
     a_bits  int; 32 = the input stays as it is
     """
 
-    weight: nn.Parameter
+    weight: Tensor
     one_hot: Tensor
+    quantizer_names: dict[str, str]
     layer_name: str = ""
 
     def setup_quantizing(
@@ -38,6 +39,7 @@ class Quantizing(nn.Module):
         distinct = check_bits("w_bits", sorted(set(per_filter)))
         (self.a_bits,) = check_bits("a_bits", a_bits)
         self.w_bits = per_filter
+        self.quantizer_names = {"weight_quantizer": weight_quantizer, "input_quantizer": input_quantizer, "scales": scales}
         rows = torch.tensor([distinct.index(b) for b in per_filter], device=device)
         self.register_buffer("one_hot", F.one_hot(rows, len(distinct)).to(torch.float32), persistent=False)
         self.weight_quantizer = WeightQuantizer(weight_quantizer, distinct, filters if scales == "filter" else 1, device)

@@ -11,8 +11,9 @@ from torch import nn
 
 from qprune.budget import Budget
 from qprune.convert import has_bypass
-from qprune.cost import geometry_of, weighted_layers
+from qprune.cost import geometry_of
 from qprune.errors import InfeasibleBudgetError
+from qprune.geometry import weighted_layers
 from qprune.nn.mixing import Mixing
 from qprune.policy import LayerBits, Policy
 from qprune.record import record_of, unwrap
@@ -61,10 +62,13 @@ def allocate(model: nn.Module, budget: Budget, scores: Mapping[str, LayerScores]
     model   prepared with example_inputs
     scores  per mixed layer; default: the log-probabilities of its gates
 
-    Layers choose from the frontier of their own configurations (all of them at layer level; at filter level, for every activation width, the
-    filters' best widths at a series of prices per cost), by a mixed-integer programme over all layers and all limits. Pruned filters make their
-    consumers cheaper, which the programme does not see: it is solved again at the prices of the last solution while that improves the score. What
-    is left of the budget is then spent greedily on single filters. Raises InfeasibleBudgetError, with the cheapest possible cost, if no policy fits.
+    Layers choose from the frontier of their own configurations (all of them at layer level; at filter level, for every activation width,
+    the
+    filters' best widths at a series of prices per cost), by a mixed-integer programme over all layers and all limits. Pruned filters make
+    their consumers cheaper, which the programme does not see: it is solved again at the prices of the last solution while that improves the
+    score. What
+    is left of the budget is then spent greedily on single filters. Raises InfeasibleBudgetError, with the cheapest possible cost, if no
+    policy fits.
     """
     geometry = geometry_of(model)
     record = record_of(model)

@@ -79,8 +79,8 @@ class LayerTable:
         return Point(rows, activation, self.score(rows, activation), cost)
 
     def frontier(self, prices: np.ndarray, scale: np.ndarray, points: int) -> list[Point]:
-        """Configurations worth considering at prices [R, K_w, K_a, limits]: all of a layer-wise choice; else, for every activation candidate,
-        the rows' best choices at `points` multipliers, which lie on the upper hull of (cost, score)."""
+        """Configurations worth considering at prices [R, K_w, K_a, limits]: all of a layer-wise choice; else, for every activation
+        candidate, the rows' best choices at `points` multipliers, which lie on the upper hull of (cost, score)."""
         found = []
         for j in self.activations():
             if len(self.weight) == 1:
@@ -159,8 +159,8 @@ class Pricing:
         return bool((self.left(layers) >= -1e-12 * np.array(list(self.limits.values()))).all())
 
     def prices(self, layers: Mapping[str, LayerBits]) -> dict[str, np.ndarray]:
-        """Cost of every row, weight candidate and activation candidate [R, K_w, K_a, limits] of every table, with the input channels that the
-        pruned filters of `layers` leave (none pruned where a layer is not named)."""
+        """Cost of every row, weight candidate and activation candidate [R, K_w, K_a, limits] of every table, with the input channels that
+        the pruned filters of `layers` leave (none pruned where a layer is not named)."""
         policy = Policy({**self.fixed, **layers}, self.geometry)
         choices = policy_choices(self.geometry, policy)
         pruned = {name: choice.pruned() for name, choice in choices.items() if PRUNED in choice.w_bits}

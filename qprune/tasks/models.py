@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import Protocol
 
+import torch
 from torch import nn
 
 from ..kernels import QPruneError
@@ -41,9 +42,12 @@ class ModelError(QPruneError, ValueError):
 class _Images(Protocol):
     """What `for_task` reads of a task."""
 
-    in_channels: int
-    image_size: int
-    num_classes: int
+    @property
+    def in_channels(self) -> int: ...
+    @property
+    def image_size(self) -> int: ...
+    @property
+    def num_classes(self) -> int: ...
 
 
 def names() -> tuple[str, ...]:
@@ -59,11 +63,13 @@ def get(name: str) -> Callable[..., nn.Module]:
 
 
 def for_task(name: str, task: _Images, **options: object) -> nn.Module:
-    """Network `name` with the input channels, image size (where it matters) and classes of `task`; options go to its constructor."""
+    """Network `name`, its weights in channels_last, with the input channels, image size (where it matters) and classes of `task`;
+    options go to its constructor."""
     factory = get(name)
     known = inspect.signature(factory).parameters
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise ModelError(f"model {name!r} has no option {', '.join(unknown)}; its options: {', '.join(known)}")
     shape = {"num_classes": task.num_classes, "in_channels": task.in_channels, "image_size": task.image_size}
-    return factory(**{**{key: value for key, value in shape.items() if key in known}, **options})
+    model = factory(**{**{key: value for key, value in shape.items() if key in known}, **options})
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
 
@@ -18,7 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import InputError, QPruneError
+from qprune.errors import InputError, NonFiniteError
+from qprune.health import first_nonfinite_layer, kept_modes
+from qprune.record import unwrap
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 QUANTIZER_MODULES = ("weight_quantizer", "input_quantizer")
@@ -30,15 +31,6 @@ class Batches(Protocol):
 
     def __iter__(self) -> Iterator[Any]: ...
     def __len__(self) -> int: ...
-
-
-class NonFiniteError(QPruneError, ArithmeticError):
-    """The loss became NaN or infinite. `step` counts from 0 over the whole run; `layer` is None if every layer's output was finite."""
-
-    def __init__(self, step: int, layer: str | None, loss: float) -> None:
-        self.step, self.layer, self.loss = step, layer, loss
-        where = f"first non-finite output in layer {layer!r}" if layer is not None else "every layer's output is finite, so it is the loss"
-        super().__init__(f"loss is {loss} at step {step}: {where}; lower the learning rate or check the data")
 
 
 def parameter_groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
@@ -119,8 +111,7 @@ class Trainer:
                 loss = self.loss(logits, y)
                 value = loss.item()
                 if not math.isfinite(value):
-                    inner = unwrapped(self.model)
-                    raise NonFiniteError(self.step, first_nonfinite_layer(inner, partial(inner, x)), value)
+                    raise NonFiniteError(self.step, first_nonfinite_layer(self.model, partial(unwrap(self.model), x)), value)
             loss.backward()  # type: ignore[no-untyped-call]
             for optimizer, _ in self.optimizers:
                 optimizer.step()
@@ -235,54 +226,6 @@ def recalibrate_bn(model: nn.Module, loader: Iterable[Any], max_batches: int | N
                 module.momentum = momentum
     if not norms[0].num_batches_tracked:
         raise InputError("the loader gave no batch")
-
-
-@torch.no_grad()
-def first_nonfinite_layer(model: nn.Module, closure: Callable[[], object]) -> str | None:
-    """Name of the first module, in the order in which they finish, whose output holds NaN or infinity while `closure` runs the forward.
-
-    Children finish before their parents, so a leaf is named before the block around it; a block is named where its own arithmetic
-    overflows, and "" is the model itself. None if all outputs are finite. Buffers are left as they were.
-    """
-    found: list[str] = []
-
-    def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            values = output if isinstance(output, tuple | list) else (output,)
-            tensors = [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
-            if not found and not all(bool(value.isfinite().all()) for value in tensors):
-                found.append(name)
-
-        return hook
-
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules()]
-    try:
-        closure()
-    finally:
-        for handle in handles:
-            handle.remove()
-        for buffer, value in buffers:
-            buffer.copy_(value)
-    return found[0] if found else None
-
-
-@contextmanager
-def kept_modes(model: nn.Module) -> Iterator[None]:
-    """Put every module's train/eval flag back afterwards (some may be frozen in eval inside a training model)."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The network inside torch.compile and DistributedDataParallel: its hooks always run, and no other rank has to take part."""
-    while isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
-        model = getattr(model, "module" if isinstance(model, nn.parallel.DistributedDataParallel) else "_orig_mod")
-    return model
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -1,0 +1,5 @@
+"""python -m qprune: the command line."""
+
+from qprune.cli import main
+
+main()

@@ -1,0 +1,160 @@
+"""The command line: qprune search, train, cost, report."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+from qprune.console import Bars, cost_table, result_table
+from qprune.errors import QPruneError
+
+app = typer.Typer(
+    help="Choose how many bits every filter and activation of a convolutional network gets, within a budget.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+console = Console(soft_wrap=True)
+Out = Annotated[Path, typer.Option(help="Folder for the results.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a run that the folder already holds.")]
+Model = Annotated[str, typer.Option(help="A network of qprune.tasks: resnet8, resnet20, resnet56, thin_resnet, mobilenet, lenet5.")]
+Data = Annotated[str, typer.Option(help="A data set of qprune.tasks: digits, synthetic.")]
+Threads = Annotated[int, typer.Option(help="CPU threads; 0 = as many as torch chooses.")]
+
+
+def _bits(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(b) for b in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"expected bits like 2,4,8, got {text!r}") from None
+
+
+@app.command()
+def search(
+    data: Data = "digits",
+    model: Model = "resnet8",
+    budget: Annotated[str, typer.Option(help='"w3a3" (a uniform network), "2%" (of float), or bops=…,size=…,macs=….')] = "w3a3",
+    method: Annotated[str, typer.Option(help="edmips or darts.")] = "edmips",
+    out: Out = Path("runs/search"),
+    seeds: Annotated[int, typer.Option(help="Repetitions; the table then shows means and 95 % intervals.")] = 1,
+    seed: Annotated[int, typer.Option(help="First seed.")] = 0,
+    w_bits: Annotated[str, typer.Option(help="Candidate weight bits; 0 = pruned, 32 = float.")] = "2,3,4,6",
+    a_bits: Annotated[str, typer.Option(help="Candidate activation bits.")] = "2,3,4,6",
+    granularity: Annotated[str, typer.Option(help="Weight bits per layer or per filter.")] = "layer",
+    edge_bits: Annotated[int, typer.Option(help="Bits of the first and the last layer.")] = 8,
+    float_epochs: Annotated[int, typer.Option(help="Epochs of float training.")] = 40,
+    search_epochs: Annotated[int, typer.Option(help="Epochs of search.")] = 20,
+    finetune_epochs: Annotated[int, typer.Option(help="Epochs of fine-tuning after the search.")] = 30,
+    batch_size: Annotated[int, typer.Option(help="Samples per step.")] = 64,
+    lr: Annotated[float, typer.Option(help="Learning rate of float training.")] = 0.1,
+    search_lr: Annotated[float, typer.Option(help="Learning rate of weights in the search.")] = 0.02,
+    finetune_lr: Annotated[float, typer.Option(help="Learning rate of fine-tuning.")] = 0.03,
+    arch_lr: Annotated[float, typer.Option(help="Learning rate of the gates.")] = 0.02,
+    convention: Annotated[str, typer.Option(help="How bit operations are counted: product, zur or uniq.")] = "product",
+    threads: Threads = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train a float network, search its bits within a budget, fine-tune, and compare with the uniform network of at least that cost."""
+    from qprune import study
+    from qprune.options import RunOptions
+
+    _set_threads(threads)
+    options = RunOptions(
+        data, model, budget, method, _bits(w_bits), _bits(a_bits), granularity, edge_bits, float_epochs, search_epochs, finetune_epochs,
+        batch_size, lr, search_lr, finetune_lr, arch_lr, seed, seeds, convention,
+    )  # fmt: skip
+    with Bars(console, options.seeds) as bars:
+        result = study.run(options, out, bars, overwrite)
+    console.print(result_table(result))
+    console.print(result["summary"]["verdict"])
+    console.print(f"Report: {out / 'report.html'}")
+
+
+@app.command()
+def train(
+    data: Data = "digits",
+    model: Model = "resnet8",
+    out: Out = Path("runs/float"),
+    epochs: Annotated[int, typer.Option(help="Passes over the training part.")] = 40,
+    batch_size: Annotated[int, typer.Option(help="Samples per step.")] = 64,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 0.1,
+    seed: Annotated[int, typer.Option(help="Seed of the weights and the batches.")] = 0,
+    threads: Threads = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train a float network and save it as model.safetensors."""
+    from qprune.checkpoint import save
+    from qprune.study import open_folder
+    from qprune.tasks import data as tasks_data
+    from qprune.tasks import models
+    from qprune.tasks import train as training
+
+    _set_threads(threads)
+    task = tasks_data.load(data)
+    torch.manual_seed(seed)
+    net = models.for_task(model, task)
+    open_folder(out, overwrite)
+    loader = task.loader("train", batch_size, torch.Generator().manual_seed(seed))
+    with Bars(console, 1) as bars:
+        bars.phase("float", seed, epochs * len(loader))
+        training.fit(net, loader, epochs, lr=lr, progress=lambda step, total, loss: bars.step({"loss": loss}))
+    save(net, out / "model.safetensors")
+    accuracy = training.evaluate(net, task.loader("test", 256))[1]
+    console.print(f"test accuracy {accuracy:.2%}, saved in {out / 'model.safetensors'}")
+
+
+@app.command()
+def cost(
+    model: Model = "resnet8",
+    policy: Annotated[Path | None, typer.Option(help="A policy.json; or give --bits.")] = None,
+    bits: Annotated[str, typer.Option(help='A uniform policy, "w4a4".')] = "",
+    edge_bits: Annotated[int, typer.Option(help="With --bits: bits of the first and the last layer.")] = 8,
+    input_shape: Annotated[str, typer.Option(help="Channels x height x width.")] = "3x32x32",
+    num_classes: Annotated[int, typer.Option(help="Outputs of the network.")] = 10,
+    convention: Annotated[str, typer.Option(help="product, zur or uniq.")] = "product",
+    preactivation: Annotated[bool, typer.Option("--preactivation", help="ResNets: the pre-activation form.")] = False,
+) -> None:
+    """Print what a network costs, layer by layer: float, with uniform bits, or with a policy."""
+    from qprune.costing import cost_report
+
+    title, result, geometry = cost_report(model, policy, bits, edge_bits, input_shape, num_classes, convention, preactivation)
+    console.print(cost_table(title, result, geometry))
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
+    """Write report.html of a run folder, finished or not."""
+    from qprune.report import write_report
+
+    console.print(f"Report: {write_report(folder)}")
+
+
+def _set_threads(threads: int) -> None:
+    if threads > 0:
+        torch.set_num_threads(threads)
+
+
+def main() -> None:
+    """Run the command line. An error that qprune raises on purpose is one line on standard error, exit code 2."""
+    _guarded(app)
+
+
+def _guarded(command: Callable[..., Any]) -> None:
+    try:
+        command()
+    except QPruneError as error:
+        sys.stderr.write(f"qprune: {' '.join(str(error).split())}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("qprune: interrupted\n")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

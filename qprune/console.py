@@ -1,0 +1,110 @@
+"""What the command line shows: progress bars and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from qprune.cost import Cost
+from qprune.geometry import Geometry
+
+PHASES = {"float": "train float", "search": "search", "finetune": "fine-tune", "uniform": "train uniform"}
+
+
+class Bars:
+    """One progress bar per phase: steps done, loss, accuracy on validation data, expected cost over budget, time left."""
+
+    def __init__(self, console: Console, seeds: int) -> None:
+        self.seeds = seeds
+        self.progress = Progress(
+            TextColumn("{task.description}"), BarColumn(bar_width=28), MofNCompleteColumn(), TextColumn("{task.fields[values]}"),
+            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console,
+        )  # fmt: skip
+        self.task: TaskID | None = None
+        self.values: dict[str, str] = {}
+
+    def __enter__(self) -> Bars:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.progress.stop()
+
+    def phase(self, name: str, seed: int, steps: int) -> None:
+        label = PHASES.get(name, name) + (f" (seed {seed})" if self.seeds > 1 else "")
+        self.values = {}
+        self.task = self.progress.add_task(f"{label:<13}", total=steps, values="")
+
+    def step(self, values: Mapping[str, float]) -> None:
+        assert self.task is not None
+        self._show(values)
+        self.progress.advance(self.task)
+
+    def epoch(self, values: Mapping[str, Any]) -> None:
+        if "val_accuracy" in values:
+            self._show({"accuracy": values["val_accuracy"]})
+
+    def _show(self, values: Mapping[str, float]) -> None:
+        self.values |= {name: f"{name} {value:.3f}" for name, value in values.items()}
+        if self.task is not None:
+            self.progress.update(self.task, values="  ".join(self.values.values()))
+
+
+def amount(value: float, units: tuple[str, ...] = ("", "k", "M", "G", "T"), base: float = 1000.0) -> str:
+    """A number with three digits and a unit prefix."""
+    for unit in units[:-1]:
+        if abs(value) < base:
+            return f"{value:.3g} {unit}" if abs(value) < 100 else f"{value:.0f} {unit}"
+        value /= base
+    return f"{value:.3g} {units[-1]}"
+
+
+def size(bits: float) -> str:
+    return amount(bits / 8, ("B", "kB", "MB", "GB"))
+
+
+def result_table(result: Mapping[str, Any]) -> Table:
+    """float / searched / uniform: accuracy, bit operations, size, mean bits; and the search's time in float epochs."""
+    summary = result["summary"]
+    ratio = summary["search_in_float_epochs"]
+    runs = len(result["runs"])
+    caption = f"search time: {ratio:.1f} float epochs" + ("" if runs == 1 else f"; means over {runs} seeds, ± 95 % Student-t interval")
+    table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
+    table.add_column("network")
+    for heading in ("test accuracy", "BOPs", "of float", "size", "bits w / a"):
+        table.add_column(heading, justify="right")
+    for kind in ("float", "searched", "uniform"):
+        row = summary[kind]
+        interval = "" if row["accuracy_ci95"] is None else f" ± {row['accuracy_ci95']:.2%}"
+        share = row["bops"] / summary["float"]["bops"]
+        table.add_row(
+            row["label"],
+            f"{row['accuracy_mean']:.2%}{interval}",
+            amount(row["bops"]),
+            f"{share:.2%}",
+            size(row["size_bits"]),
+            f"{row['w_bits']:.2f} / {row['a_bits']:.2f}",
+        )
+    return table
+
+
+def cost_table(title: str, cost: Cost, geometry: Geometry) -> Table:
+    """One row per layer, and the total."""
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
+    table.add_column("layer")
+    for heading in ("filters", "MACs", "w bits", "a bits", "BOPs", "size"):
+        table.add_column(heading, justify="right")
+    for row in cost.rows:
+        filters = str(geometry.layers[row.name].filters)
+        table.add_row(
+            row.name, filters, amount(float(row.macs)), f"{float(row.w_bits):.3g}", f"{float(row.a_bits):.3g}",
+            amount(float(row.bops)), size(float(row.size_bits)),
+        )  # fmt: skip
+    table.add_section()
+    table.add_row("total", "", amount(float(cost.macs)), "", "", f"{float(cost.bops) / 1e6:,.1f} M", size(float(cost.size_bits)))
+    return table

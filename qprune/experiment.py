@@ -1,0 +1,240 @@
+"""One seed of a search run: float training, search, conversion, fine-tuning, and the uniform baseline, each measured the same way."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import save as to_bytes
+from torch import nn
+
+from qprune.budget import Budget
+from qprune.checkpoint import save
+from qprune.conventions import CONVENTIONS
+from qprune.convert import convert
+from qprune.cost import Cost, evaluate, geometry_of, policy_choices
+from qprune.cost import cost as cost_of
+from qprune.errors import NonFiniteError
+from qprune.files import write_atomically
+from qprune.geometry import Geometry, weighted_layers
+from qprune.options import RunOptions
+from qprune.policy import LayerBits, Policy
+from qprune.prepare import Rules, calibrate, prepare
+from qprune.record import record_of
+from qprune.search.driver import Search
+from qprune.space import SearchSpace
+from qprune.tasks import models
+from qprune.tasks.data import Task
+from qprune.tasks.train import Trainer, fit
+from qprune.tasks.train import evaluate as accuracy_on
+
+CALIBRATION_BATCHES = 4
+BASELINE_BITS = range(1, 9)
+
+
+class Watcher(Protocol):
+    """Is told how a run goes; the command line draws progress bars from it."""
+
+    def phase(self, name: str, seed: int, steps: int) -> None:
+        """A phase of so many steps begins."""
+
+    def step(self, values: Mapping[str, float]) -> None:
+        """One step is done."""
+
+    def epoch(self, values: Mapping[str, Any]) -> None:
+        """One epoch is done."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """A measured network: accuracies in 0 … 1 (test once, at the end), cost per sample, mean bits of its layers weighted by weights."""
+
+    label: str
+    accuracy: float
+    val_accuracy: float
+    bops: float
+    macs: float
+    size_bits: float
+    w_bits: float
+    a_bits: float
+
+
+class Experiment:
+    """The phases of one seed, in the folder where its results go."""
+
+    def __init__(self, options: RunOptions, task: Task, seed: int, folder: Path, watcher: Watcher) -> None:
+        self.options, self.task, self.seed, self.folder, self.watcher = options, task, seed, folder, watcher
+        self.example = task.train.x[:2]
+        self.seconds: dict[str, float] = {}
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def run(self) -> dict[str, Any]:
+        """All phases. Writes policy.json and model.safetensors; returns this seed's entry of result.json. On a NaN or infinite loss, raises
+        NonFiniteError, whose message names the checkpoint of the last good epoch."""
+        torch.manual_seed(self.seed)
+        options = self.options
+        net = models.for_task(options.model, self.task)
+        self._train("float", net, options.float_epochs, options.lr)
+        self.seconds["float_epoch"] = self.seconds["float"] / options.float_epochs
+
+        search = self._search(net)
+        self.limits = search.limits
+        policy = search.policy()
+        policy.save(self.folder / "policy.json")
+        searched = convert(search.model, policy)
+        self._train("finetune", searched, options.finetune_epochs, options.finetune_lr)
+
+        geometry = geometry_of(search.model)
+        record = record_of(search.model)
+        w, a = uniform_above(geometry, record.fixed if record else {}, search.limits, options.convention)
+        uniform = self._quantized(net, SearchSpace.fixed(w, a))
+        self._train("uniform", uniform, options.search_epochs + options.finetune_epochs, options.finetune_lr)
+
+        save(searched, self.folder / "model.safetensors")
+        networks = {
+            "float": self._measure("float", net, geometry),
+            "searched": self._measure("searched", searched, geometry),
+            "uniform": self._measure(f"uniform w{w}a{a}", uniform, geometry),
+        }
+        return {
+            "seed": self.seed,
+            "networks": {name: asdict(network) for name, network in networks.items()},
+            "seconds": self.seconds,
+            "policy": json.loads(policy.to_json())["layers"],
+            "search_history": search.history,
+        }
+
+    def rules(self, net: nn.Module) -> Rules:
+        """The first and the last layer at edge_bits."""
+        names = [name for name, layer in weighted_layers(net) if isinstance(layer, nn.Conv2d | nn.Linear)]
+        edge = SearchSpace.fixed(self.options.edge_bits, self.options.edge_bits)
+        return {names[0]: edge, names[-1]: edge}
+
+    def _prepare(self, net: nn.Module, space: SearchSpace) -> nn.Module:
+        mixed = prepare(net, space, rules=self.rules(net), example_inputs=self.example)
+        batches = itertools.islice(self.task.loader("train", self.options.batch_size, self.generator), CALIBRATION_BATCHES)
+        return calibrate(mixed, [x for x, _ in batches])
+
+    def _quantized(self, net: nn.Module, space: SearchSpace) -> nn.Module:
+        """The network with the one candidate of `space` everywhere but at the edges."""
+        mixed = self._prepare(net, space)
+        record = record_of(mixed)
+        assert record is not None and record.geometry is not None
+        return convert(mixed, Policy({name: bits for name, bits in record.fixed.items() if bits is not None}, record.geometry))
+
+    def _search(self, net: nn.Module) -> Search:
+        options = self.options
+        space = SearchSpace(options.w_bits, options.a_bits, granularity=options.granularity)
+        mixed = self._prepare(net, space)
+        halves = self.task.train_halves(self.seed) if options.method == "darts" else None
+        loader = self.task.loader(halves[0] if halves else "train", options.batch_size, self.generator)
+        arch_loader = self.task.loader(halves[1], options.batch_size, self.generator) if halves else None
+        steps = options.search_epochs * len(loader)
+        search = Search(
+            mixed, Budget.parse(options.budget), options.method,
+            steps=steps, weight_lr=options.search_lr, arch_lr=options.arch_lr, convention=options.convention,
+        )  # fmt: skip
+        self.watcher.phase("search", self.seed, steps)
+        self._checkpoint(mixed)
+
+        def on_epoch(values: dict[str, Any]) -> None:
+            values["val_accuracy"] = accuracy_on(mixed, self.task.loader("val", 256))[1]
+            self._record("search", mixed, values)
+
+        started = time.perf_counter()
+        with self._naming_checkpoint():
+            search.fit(
+                loader, arch_loader, options.search_epochs,
+                on_step=lambda r: self.watcher.step({"loss": r.loss, "cost/budget": r.cost_ratio}), on_epoch=on_epoch,
+            )  # fmt: skip
+        self.seconds["search"] = time.perf_counter() - started
+        return search
+
+    def _train(self, phase: str, net: nn.Module, epochs: int, lr: float) -> None:
+        loader = self.task.loader("train", self.options.batch_size, self.generator)
+        self.watcher.phase(phase, self.seed, epochs * len(loader))
+        self._checkpoint(net)
+
+        def on_epoch(values: dict[str, float], trainer: Trainer) -> None:
+            self._record(phase, net, values)
+
+        started = time.perf_counter()
+        with self._naming_checkpoint():
+            fit(
+                net, loader, epochs, lr=lr, val_loader=self.task.loader("val", 256),
+                progress=lambda step, total, loss: self.watcher.step({"loss": loss}), on_epoch=on_epoch,
+            )  # fmt: skip
+        self.seconds[phase] = time.perf_counter() - started
+
+    def _record(self, phase: str, net: nn.Module, values: Mapping[str, Any]) -> None:
+        line = {"phase": phase, "seed": self.seed, **{name: v for name, v in values.items() if name != "phase"}}
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        self._checkpoint(net)
+        self.watcher.epoch(line)
+
+    def _checkpoint(self, net: nn.Module) -> None:
+        """Keep the newest state in which every tensor is finite."""
+        tensors = {name: value.detach().cpu().contiguous().clone() for name, value in net.state_dict().items()}
+        if all(bool(torch.isfinite(value).all()) for value in tensors.values() if value.is_floating_point()):
+            write_atomically(self.folder / "checkpoint.safetensors", to_bytes(tensors))
+
+    def _naming_checkpoint(self) -> Any:
+        return _Naming(self.folder / "checkpoint.safetensors")
+
+    def _measure(self, label: str, net: nn.Module, geometry: Geometry) -> Network:
+        cost = cost_of(net, convention=self.options.convention) if record_of(net) else cost_of(net, self.example, self.options.convention)
+        return Network(
+            label,
+            accuracy_on(net, self.task.loader("test", 256))[1],
+            accuracy_on(net, self.task.loader("val", 256))[1],
+            float(cost.bops),
+            float(cost.macs),
+            float(cost.size_bits),
+            *_mean_bits(cost, geometry),
+        )
+
+
+class _Naming:
+    """Adds to a NonFiniteError where the last good state lies."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, NonFiniteError):
+            error.args = (f"{error}; the last good state is in {self.path}",)
+
+
+def _mean_bits(cost: Cost, geometry: Geometry) -> tuple[float, float]:
+    """Mean weight bits over weights, and mean activation bits over multiplications."""
+    weights = {name: layer.weights for name, layer in geometry.layers.items()}
+    macs = {name: layer.macs for name, layer in geometry.layers.items()}
+    w = sum(float(row.w_bits) * weights[row.name] for row in cost.rows) / sum(weights.values())
+    a = sum(float(row.a_bits) * macs[row.name] for row in cost.rows) / max(sum(macs.values()), 1)
+    return w, a
+
+
+def uniform_above(
+    geometry: Geometry, fixed: Mapping[str, LayerBits | None], limits: Mapping[str, float], convention: str = "product"
+) -> tuple[int, int]:
+    """The bits (w, a) of the cheapest uniform network that costs at least the limits, in every measure; 8 and 8 if all cost less.
+
+    Of equally cheap ones the one whose w and a are closest.
+    """
+    found = []
+    for w, a in itertools.product(BASELINE_BITS, BASELINE_BITS):
+        cost = evaluate(geometry, policy_choices(geometry, Policy.uniform(geometry, w, a, fixed)), CONVENTIONS[convention])
+        ratios = [float(getattr(cost, name)) / limit for name, limit in limits.items()]
+        if min(ratios) >= 1 - 1e-12:
+            found.append((max(ratios), abs(w - a), w, a))
+    return min(found)[2:] if found else (BASELINE_BITS[-1], BASELINE_BITS[-1])

@@ -1,0 +1,58 @@
+"""Finding where numbers went wrong, and leaving a model's modes as they were."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qprune.gates import Constant, Gate
+from qprune.quantizers import Quantizer
+from qprune.record import unwrap
+
+
+@contextmanager
+def kept_modes(model: nn.Module) -> Iterator[None]:
+    """Put every module's train/eval flag back afterwards (some may be frozen in eval inside a training model)."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@torch.no_grad()
+def first_nonfinite_layer(model: nn.Module, closure: Callable[[], object]) -> str | None:
+    """Name of the first module, in the order in which they finish, whose output holds NaN or infinity while `closure` runs the forward.
+
+    Children finish before their parents, so a leaf is named before the block around it; a block is named where its own arithmetic
+    overflows, and "" is the model itself. None if all outputs are finite. Buffers are left as they were.
+    """
+    found: list[str] = []
+
+    def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            values = output if isinstance(output, tuple | list) else (output,)
+            tensors = [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
+            if not found and not all(bool(value.isfinite().all()) for value in tensors):
+                found.append(name)
+
+        return hook
+
+    inner = unwrap(model)
+    buffers = [(buffer, buffer.clone()) for buffer in inner.buffers()]
+    # a mixed layer is named itself, not its parts
+    layers = [(name, module) for name, module in inner.named_modules() if not isinstance(module, Gate | Constant | Quantizer)]
+    handles = [module.register_forward_hook(watch(name)) for name, module in layers]
+    try:
+        closure()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for buffer, value in buffers:
+            buffer.copy_(value)
+    return found[0] if found else None

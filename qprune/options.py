@@ -1,0 +1,79 @@
+"""The options of a run: what the command line sets, and what the run folder records."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from qprune.budget import Budget
+from qprune.conventions import CONVENTIONS
+from qprune.errors import QPruneError
+from qprune.search.driver import METHODS
+from qprune.space import SearchSpace
+from qprune.tasks import data, models
+
+
+class OptionError(QPruneError, ValueError):
+    """An option of a run with a value that cannot be."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """A search run from float training to the report.
+
+    data, model         a data set and a network of qprune.tasks
+    budget              "w3a3", "2%", "bops=w4a4,size=20%" (see Budget)
+    method              a search method
+    w_bits, a_bits      candidates of every layer but the first and the last
+    granularity         choice of weight bits per "layer" or per "filter"
+    edge_bits           weight and input bits of the first and the last layer, which are not searched
+    float_epochs        training of the float network
+    search_epochs       search, from the float network
+    finetune_epochs     training of the searched network; the uniform one gets search_epochs + finetune_epochs
+    batch_size, lr, finetune_lr, search_lr, arch_lr
+    seed, seeds         first seed and number of repetitions; the data split is the same for all
+    convention          how bit operations are counted (see qprune.cost)
+    """
+
+    data: str = "digits"
+    model: str = "resnet8"
+    budget: str = "w3a3"
+    method: str = "edmips"
+    w_bits: tuple[int, ...] = (2, 3, 4, 6)
+    a_bits: tuple[int, ...] = (2, 3, 4, 6)
+    granularity: str = "layer"
+    edge_bits: int = 8
+    float_epochs: int = 20
+    search_epochs: int = 8
+    finetune_epochs: int = 16
+    batch_size: int = 64
+    lr: float = 0.1
+    search_lr: float = 0.02
+    finetune_lr: float = 0.03
+    arch_lr: float = 0.02
+    seed: int = 0
+    seeds: int = 1
+    convention: str = "product"
+
+    def __post_init__(self) -> None:
+        self._one_of("data", data.names())
+        self._one_of("model", models.names())
+        self._one_of("method", tuple(METHODS))
+        self._one_of("convention", tuple(CONVENTIONS))
+        Budget.parse(self.budget)
+        SearchSpace(self.w_bits, self.a_bits, granularity=self.granularity)
+        SearchSpace.fixed(self.edge_bits, self.edge_bits)
+        for name in ("float_epochs", "search_epochs", "batch_size", "seeds", "lr", "search_lr", "finetune_lr", "arch_lr"):
+            if not getattr(self, name) > 0:
+                raise OptionError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.finetune_epochs < 0:
+            raise OptionError(f"finetune_epochs must not be negative, got {self.finetune_epochs}")
+
+    def _one_of(self, name: str, known: tuple[str, ...]) -> None:
+        if getattr(self, name) not in known:
+            raise OptionError(f"{name}: {getattr(self, name)!r} is unknown; expected one of {', '.join(known)}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, as YAML and JSON hold them."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()}

@@ -1,0 +1,184 @@
+"""The search itself: a method's steps, the loop around them, and the policy at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qprune.budget import Budget
+from qprune.cost import geometry_of, model_choices
+from qprune.errors import InputError, QPruneError
+from qprune.gates import gates
+from qprune.geometry import ExampleInputs
+from qprune.policy import Policy
+from qprune.record import Record, attach, record_of, unwrap
+from qprune.search.allocate import allocate
+from qprune.search.constraint import Constraint
+from qprune.search.darts import Darts
+from qprune.search.edmips import EdMIPS
+from qprune.search.method import Closure, Method, StepResult
+from qprune.search.optimizers import Optimizers
+
+METHODS: dict[str, type[Method]] = {method.name: method for method in (EdMIPS, Darts)}
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+class Search:
+    """Learn the bits of a prepared model within a budget.
+
+        search = Search(model, Budget(bops="w4a4"), method="edmips")
+        for x, y in loader:
+            search.step(lambda m: F.cross_entropy(m(x), y))
+        policy = search.policy()
+
+    model           from `prepare`, or built of mixed layers; changed in place. Wrapped in DistributedDataParallel or torch.compile is fine
+    budget          what the policy may cost; steers the search and is kept exactly by `policy`
+    method          "edmips" or "darts"
+    steps           number of steps planned: weights and quantizers then cool down along a half cosine. None: constant learning rates
+    weight_lr, arch_lr, quantizer_lr, weight_decay, momentum    SGD for weights, Adam for gates and for ranges
+    dual_rate, rho  of the budget's Lagrangian (see qprune.search.constraint)
+    convention      how bit operations are counted (see qprune.cost)
+    example_inputs  for a model that was not prepared with them
+    method_options  of the method, such as second_order=True for "darts"
+
+    Raises QPruneError for an unknown method, InputError where the geometry is unknown, and BudgetError for a budget that cannot be read.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        budget: Budget,
+        method: str = "edmips",
+        *,
+        steps: int | None = None,
+        weight_lr: float = 0.02,
+        arch_lr: float = 0.02,
+        quantizer_lr: float = 2e-3,
+        weight_decay: float = 5e-4,
+        momentum: float = 0.9,
+        dual_rate: float = 0.02,
+        rho: float = 1.0,
+        convention: str = "product",
+        example_inputs: ExampleInputs | None = None,
+        **method_options: Any,
+    ) -> None:
+        if method not in METHODS:
+            raise QPruneError(f"unknown method {method!r}; expected one of {', '.join(METHODS)}")
+        if not isinstance(budget, Budget):
+            raise InputError(f"Search: budget must be a Budget, got {type(budget).__name__}; for example Budget(bops='w4a4')")
+        record = record_of(model)
+        geometry = geometry_of(model, example_inputs)
+        if record is None or record.geometry is None:
+            attach(unwrap(model), Record(geometry, record.fixed if record is not None else {}))
+        self.model, self.budget, self.convention = model, budget, convention
+        self.limits = budget.limits(geometry, record.fixed if record is not None else {}, convention)
+        constraint = Constraint(self.limits, dual_rate, rho)
+        optimizers = Optimizers(model, weight_lr, arch_lr, quantizer_lr, weight_decay, momentum, steps)
+        self.method = METHODS[method](model, constraint, optimizers, convention, **method_options)
+        self.history: list[dict[str, Any]] = []
+
+    def step(self, closure: Closure, arch_closure: Closure | None = None) -> StepResult:
+        """One step on closure(model) → loss, without the budget's term. "darts" takes a second closure on other data for the gates; without
+        it, calls alternate between weights and gates. Raises NonFiniteError, leaving the parameters as they were, for a NaN or infinite
+        loss."""
+        return self.method.step(closure, arch_closure)
+
+    def fit(
+        self,
+        loader: Iterable[tuple[Tensor, Tensor]],
+        arch_loader: Iterable[tuple[Tensor, Tensor]] | None = None,
+        epochs: int = 1,
+        loss: Loss = F.cross_entropy,
+        on_step: Callable[[StepResult], None] | None = None,
+        on_epoch: Callable[[dict[str, Any]], None] | None = None,
+    ) -> list[dict[str, Any]]:
+        """Steps over whole loaders of (x, y); arch_loader is the other half of the data that "darts" needs (repeated if it is shorter).
+
+        Returns the history: per epoch the mean loss, accuracy, expected cost over budget, multiplier, gate entropy, and expected bits.
+        """
+        if self.method.two_streams and arch_loader is None:
+            raise InputError(f"{self.method.name} trains weights and gates on different data: pass arch_loader")
+        for _ in range(epochs):
+            self.history.append(self._epoch(loader, arch_loader, loss, on_step))
+            if on_epoch is not None:
+                on_epoch(self.history[-1])
+        return self.history
+
+    def _epoch(
+        self,
+        loader: Iterable[tuple[Tensor, Tensor]],
+        arch_loader: Iterable[tuple[Tensor, Tensor]] | None,
+        loss: Loss,
+        on_step: Callable[[StepResult], None] | None,
+    ) -> dict[str, Any]:
+        self.model.train()
+        device = next(self.model.parameters()).device
+        others = _endless(arch_loader) if arch_loader is not None and self.method.two_streams else None
+        hits, seen, total, result = torch.zeros((), device=device), 0, 0.0, None
+
+        def closure_on(x: Tensor, y: Tensor, count: bool) -> Closure:
+            def closure(model: nn.Module) -> Tensor:
+                logits = model(x)
+                if count:
+                    hits.copy_((logits.detach().argmax(1) == y).sum())
+                return loss(logits, y)
+
+            return closure
+
+        correct = 0.0
+        for x, y in loader:
+            main, size = closure_on(x.to(device), y.to(device), count=True), len(y)
+            other = None
+            if others is not None:
+                x, y = next(others)
+                other = closure_on(x.to(device), y.to(device), count=False)
+            result = self.step(main, other)
+            seen, total, correct = seen + size, total + result.loss * size, correct + float(hits)
+            if on_step is not None:
+                on_step(result)
+        if result is None:
+            raise InputError("the loader gave no batch")
+        return {
+            "epoch": len(self.history),
+            "loss": total / seen,
+            "accuracy": correct / seen,
+            "cost_ratio": result.cost_ratio,
+            "multiplier": result.multiplier,
+            **gate_summary(self.model),
+        }
+
+    def policy(self) -> Policy:
+        """The likeliest policy within the budget (see `allocate`). Raises InfeasibleBudgetError if none fits."""
+        return allocate(self.model, self.budget, convention=self.convention)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the model: optimizers, multipliers, history."""
+        return {"method": self.method.state_dict(), "history": list(self.history)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.method.load_state_dict(state["method"])
+        self.history = list(state["history"])
+
+
+def _endless(loader: Iterable[tuple[Tensor, Tensor]]) -> Any:
+    while True:
+        yield from loader
+
+
+@torch.no_grad()
+def gate_summary(model: nn.Module) -> dict[str, Any]:
+    """entropy: mean over gates, 1 = undecided, 0 = decided; expected: mean bits of every searched layer."""
+    entropies = []
+    for _, gate in gates(unwrap(model)):
+        p = gate().clamp_min(1e-12)
+        entropies.append(float(-(p * p.log()).sum(-1).mean() / torch.log(torch.tensor(float(p.size(-1))))))
+    expected = {}
+    for name, choice in model_choices(unwrap(model)).items():
+        p = choice.p.mean(0)
+        w, a = (torch.tensor(bits, dtype=p.dtype, device=p.device) for bits in (choice.w_bits, choice.a_bits))
+        expected[name] = {"w_bits": float((p.sum(1) * w).sum()), "a_bits": float((p.sum(0) * a).sum())}
+    return {"entropy": sum(entropies) / len(entropies) if entropies else 0.0, "expected": expected}

@@ -1,0 +1,74 @@
+"""The optimizers of a search: SGD for weights, Adam for quantizers, Adam for gates, on one learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from qprune.prepare import arch_parameters, quantizer_parameters, weight_parameters
+
+
+class Optimizers:
+    """weights: SGD with Nesterov momentum, decay on weights only; quantizers: Adam without decay; arch: Adam without decay.
+
+    total  steps after which weights and quantizers have cooled down to 0 along a half cosine; None: constant rates
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        weight_lr: float = 0.02,
+        arch_lr: float = 0.02,
+        quantizer_lr: float = 2e-3,
+        weight_decay: float = 5e-4,
+        momentum: float = 0.9,
+        total: int | None = None,
+    ) -> None:
+        quantizers = quantizer_parameters(model)
+        skip = {id(p) for p in quantizers}
+        weights = [p for p in weight_parameters(model) if id(p) not in skip]
+        groups = [
+            {"params": [p for p in weights if p.dim() > 1], "weight_decay": weight_decay},
+            {"params": [p for p in weights if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+        self.model, self.total = model, total
+        self.weights = torch.optim.SGD([g for g in groups if g["params"]], lr=weight_lr, momentum=momentum, nesterov=momentum > 0)
+        arch = arch_parameters(model)
+        self.arch = torch.optim.Adam(arch, lr=arch_lr, betas=(0.5, 0.999)) if arch else None
+        self.quantizers = torch.optim.Adam(quantizers, lr=quantizer_lr) if quantizers else None
+        self.base = [(optimizer, optimizer.param_groups[0]["lr"]) for optimizer in (self.weights, self.quantizers) if optimizer is not None]
+
+    def zero_grad(self) -> None:
+        self.model.zero_grad(set_to_none=True)
+
+    def schedule(self, step: int) -> None:
+        """Set the rates of step 0, 1, …"""
+        if self.total is None:
+            return
+        factor = 0.5 * (1 + math.cos(math.pi * min(step / self.total, 1.0)))
+        for optimizer, lr in self.base:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * factor
+
+    def step_weights(self) -> None:
+        self.weights.step()
+        if self.quantizers is not None:
+            self.quantizers.step()
+
+    def step_arch(self) -> None:
+        if self.arch is not None:
+            self.arch.step()
+
+    def _all(self) -> dict[str, torch.optim.Optimizer]:
+        named = {"weights": self.weights, "arch": self.arch, "quantizers": self.quantizers}
+        return {name: optimizer for name, optimizer in named.items() if optimizer is not None}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: optimizer.state_dict() for name, optimizer in self._all().items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, optimizer in self._all().items():
+            optimizer.load_state_dict(state[name])
