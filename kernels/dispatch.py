@@ -26,11 +26,12 @@ def _check(name: str) -> str:
 class backend:
     """Choose the implementation of the fused operations: `backend("reference")`, as a call or as a `with` block.
 
-    name  "reference" (plain PyTorch, any device), "cpu" (C++, CPU tensors), "triton" (CUDA tensors, or CPU tensors under TRITON_INTERPRET=1),
+    name  "reference" (plain PyTorch, any device), "cpu" (C++, CPU tensors), "triton" (CUDA tensors, or CPU tensors under
+          TRITON_INTERPRET=1),
           or None for the default: triton for CUDA tensors and cpu for CPU tensors, where they are available, else reference.
 
-    A named backend that cannot run raises BackendError at the call that needs it; the default falls back to the reference with one log line.
-    The environment variable QPRUNE_BACKEND sets the same for a whole process. float64 tensors always take the reference.
+    A named backend that cannot run raises BackendError at the call that needs it; the default falls back to the reference with one log
+    line. The environment variable QPRUNE_BACKEND sets the same for a whole process. float64 tensors always take the reference.
     """
 
     def __init__(self, name: str | None) -> None:

@@ -40,8 +40,8 @@ def mix_quantize(
     pass_through      K flags: gradient to x also where the candidate clips
     seed              [1] int64 for noise instead of rounding, or None
 
-    Returns [x.size(0), M · x.size(1), …] (x's shape for M = 1) in x's memory format, in the autocast dtype if autocast is on, else x's. Keeps x and
-    the parameters for the backward pass, nothing else.
+    Returns [x.size(0), M · x.size(1), …] (x's shape for M = 1) in x's memory format, in the autocast dtype if autocast is on, else x's.
+    Keeps x and the parameters for the backward pass, nothing else.
     """
     dtype = x.dtype
     if dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):

@@ -13,8 +13,8 @@ n = 0 is the pruned candidate (Q = 0), n = IDENTITY the full-precision one (Q = 
     dQ/dr = (q − z)/n − inside · (u − z/n)
     dQ/dβ = 0 inside, 1 outside
 
-With noise (`seed` given), the code is not rounded: q = clamp(û + (v − 1/2)/n, 0, 1) · n, v ~ U[0, 1) from Philox; `inside` then refers to the
-noisy value. This is Q(x) = clamp(x + e, lowest level, highest level) with e ~ U(−d/2, d/2) (UNIQ, arXiv:1804.10969, section 3).
+With noise (`seed` given), the code is not rounded: q = clamp(û + (v − 1/2)/n, 0, 1) · n, v ~ U[0, 1) from Philox; `inside` then refers to
+the noisy value. This is Q(x) = clamp(x + e, lowest level, highest level) with e ~ U(−d/2, d/2) (UNIQ, arXiv:1804.10969, section 3).
 """
 
 from __future__ import annotations

@@ -153,8 +153,8 @@ def near_boundary(problem: Problem, ulp: float = 8.0) -> Tensor:
 
 
 def assert_agree(problem: Problem, got: dict[str, Tensor], flips: float = 0.02) -> None:
-    """`got` against the float32 reference: outputs and dx to a few ulp except one-step flips at boundaries, at most `flips` of all elements;
-    parameter gradients against float64 to the accuracy of a float32 sum."""
+    """`got` against the float32 reference: outputs and dx to a few ulp except one-step flips at boundaries, at most `flips` of all
+    elements; parameter gradients against float64 to the accuracy of a float32 sum."""
     case = problem.case
     want = problem.run("reference")
     close = near_boundary(problem)
