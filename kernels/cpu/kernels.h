@@ -11,7 +11,12 @@ namespace qprune {
 // The sums stay in registers only where everything around them is one function.
 #define ALWAYS_INLINE inline __attribute__((always_inline))
 
+// Vectors that the compiler has to put together itself take several times as long to compile.
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
 constexpr int kMost = 8;
+#else
+constexpr int kMost = 4;
+#endif
 
 // The candidates of one group that one call of an inner loop handles; a group with more than kMost has several passes.
 struct Pass {
