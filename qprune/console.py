@@ -7,7 +7,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from qprune.cost import Cost
@@ -22,8 +22,8 @@ class Bars:
     def __init__(self, console: Console, seeds: int) -> None:
         self.seeds = seeds
         self.progress = Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=28), MofNCompleteColumn(), TextColumn("{task.fields[values]}"),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console,
+            TextColumn("{task.description}"), BarColumn(bar_width=10), MofNCompleteColumn(), TextColumn("{task.fields[values]}"),
+            TimeRemainingColumn(compact=True, elapsed_when_finished=True), console=console,
         )  # fmt: skip
         self.task: TaskID | None = None
         self.values: dict[str, str] = {}
@@ -47,12 +47,12 @@ class Bars:
 
     def epoch(self, values: Mapping[str, Any]) -> None:
         if "val_accuracy" in values:
-            self._show({"accuracy": values["val_accuracy"]})
+            self._show({"acc": values["val_accuracy"]})
 
     def _show(self, values: Mapping[str, float]) -> None:
-        self.values |= {name: f"{name} {value:.3f}" for name, value in values.items()}
+        self.values |= {name: f"{name} {value:.2f}" for name, value in values.items()}
         if self.task is not None:
-            self.progress.update(self.task, values="  ".join(self.values.values()))
+            self.progress.update(self.task, values=" ".join(self.values.values()))
 
 
 def amount(value: float, units: tuple[str, ...] = ("", "k", "M", "G", "T"), base: float = 1000.0) -> str:

@@ -151,7 +151,7 @@ class Experiment:
         with self._naming_checkpoint():
             search.fit(
                 loader, arch_loader, options.search_epochs,
-                on_step=lambda r: self.watcher.step({"loss": r.loss, "cost/budget": r.cost_ratio}), on_epoch=on_epoch,
+                on_step=lambda r: self.watcher.step({"loss": r.loss, "cost": r.cost_ratio}), on_epoch=on_epoch,
             )  # fmt: skip
         self.seconds["search"] = time.perf_counter() - started
         return search
