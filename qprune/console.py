@@ -12,6 +12,7 @@ from rich.table import Table
 
 from qprune.cost import Cost
 from qprune.geometry import Geometry
+from qprune.result import si
 
 PHASES = {"float": "train float", "search": "search", "finetune": "fine-tune", "uniform": "train uniform"}
 
@@ -55,17 +56,8 @@ class Bars:
             self.progress.update(self.task, values=" ".join(self.values.values()))
 
 
-def amount(value: float, units: tuple[str, ...] = ("", "k", "M", "G", "T"), base: float = 1000.0) -> str:
-    """A number with three digits and a unit prefix."""
-    for unit in units[:-1]:
-        if abs(value) < base:
-            return f"{value:.3g} {unit}" if abs(value) < 100 else f"{value:.0f} {unit}"
-        value /= base
-    return f"{value:.3g} {units[-1]}"
-
-
 def size(bits: float) -> str:
-    return amount(bits / 8, ("B", "kB", "MB", "GB"))
+    return si(bits / 8, "B")
 
 
 def result_table(result: Mapping[str, Any]) -> Table:
@@ -85,7 +77,7 @@ def result_table(result: Mapping[str, Any]) -> Table:
         table.add_row(
             row["label"],
             f"{row['accuracy_mean']:.2%}{interval}",
-            amount(row["bops"]),
+            si(row["bops"]),
             f"{share:.2%}",
             size(row["size_bits"]),
             f"{row['w_bits']:.2f} / {row['a_bits']:.2f}",
@@ -102,9 +94,9 @@ def cost_table(title: str, cost: Cost, geometry: Geometry) -> Table:
     for row in cost.rows:
         filters = str(geometry.layers[row.name].filters)
         table.add_row(
-            row.name, filters, amount(float(row.macs)), f"{float(row.w_bits):.3g}", f"{float(row.a_bits):.3g}",
-            amount(float(row.bops)), size(float(row.size_bits)),
+            row.name, filters, si(float(row.macs)), f"{float(row.w_bits):.3g}", f"{float(row.a_bits):.3g}",
+            si(float(row.bops)), size(float(row.size_bits)),
         )  # fmt: skip
     table.add_section()
-    table.add_row("total", "", amount(float(cost.macs)), "", "", f"{float(cost.bops) / 1e6:,.1f} M", size(float(cost.size_bits)))
+    table.add_row("total", "", si(float(cost.macs)), "", "", f"{float(cost.bops) / 1e6:,.1f} M", size(float(cost.size_bits)))
     return table

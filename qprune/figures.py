@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, MultipleLocator, NullLocator
 
-from qprune.report import FLOAT, NETWORKS, PRUNED, Result, budget_label, get, layers_of, number, runs_of, si, summary
+from qprune.result import FLOAT, NETWORKS, PRUNED, Result, budget_label, get, layers_of, number, runs_of, si, summary
 
 # The page's style sheet gives each of these colours a light and a dark value: svg() writes them as CSS variables.
 THEME = {"ink": "#1f2a37", "muted": "#66717f", "grid": "#dde3ea", "card": "#fffffe", "empty": "#f0f2f5"}

@@ -7,202 +7,14 @@ only when a figure is drawn: `import qprune` must not pay for it.
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from qprune.errors import CheckpointError
 from qprune.files import write_atomically
-
-Result = Mapping[str, Any]
-
-FORMAT = 1
-NETWORKS = ("float", "searched", "uniform")
-PRUNED, FLOAT = 0, 32
-
-_CSS = """
-:root { color-scheme: light dark; --page: #f4f6f8; --card: #fff; --ink: #1f2a37; --muted: #5d6875; --grid: #dde3ea; --empty: #f0f2f5;
-  --float: #7a8594; --searched: #d55e00; --uniform: #0072b2; --note: #fff6df; --note-ink: #6b4b00;
-  --sans: system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif; }
-@media (prefers-color-scheme: dark) { :root { --page: #10151c; --card: #1a212b; --ink: #e3e8ee; --muted: #9aa6b4; --grid: #323c49;
-  --empty: #252e3a;  --float: #a3aebb; --searched: #f08a3c; --uniform: #56b4e9; --note: #3a2f14; --note-ink: #f3d99a; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 var(--sans); }
-main { max-width: 1080px; margin: 0 auto; padding: 32px 24px 48px; }
-header p { margin: 4px 0 0; color: var(--muted); }
-h1 { margin: 0; font-size: 26px; line-height: 1.25; overflow-wrap: anywhere; }
-h2 { margin: 0 0 12px; font-size: 17px; }
-.verdict { margin: 18px 0 0; padding-left: 14px; border-left: 4px solid var(--searched); font-size: 18px; line-height: 1.45; }
-.note { margin: 18px 0 0; padding: 10px 14px; border-radius: 8px; background: var(--note); color: var(--note-ink); }
-section, .tile { background: var(--card); border: 1px solid var(--grid); border-radius: 10px; }
-section { margin-top: 18px; padding: 20px 22px; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(235px, 1fr)); gap: 14px; margin-top: 22px; }
-.tile { padding: 14px 18px; }
-.tile .name, .tile .sub { color: var(--muted); font-size: 13px; }
-.tile .value { font-size: 25px; font-weight: 600; line-height: 1.35; }
-.tile .value small { font-size: 15px; font-weight: 400; color: var(--muted); }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: 7px 12px 7px 0; text-align: left; border-bottom: 1px solid var(--grid); white-space: nowrap; }
-thead th { color: var(--muted); font-size: 13px; font-weight: 500; vertical-align: bottom; }
-tbody th { font-weight: 500; }
-tbody tr:last-child > * { border-bottom: 0; }
-.n { text-align: right; padding-left: 12px; }
-td.text { white-space: normal; overflow-wrap: anywhere; }
-tr.main > * { font-weight: 650; }
-.dot { display: inline-block; width: 10px; height: 10px; margin-right: 9px; border-radius: 50%; }
-@media (max-width: 800px) { main { padding: 20px 14px; } section { padding: 16px; } table, thead th { font-size: 12px; }
-  th, td { padding-right: 6px; } .n { padding-left: 2px; } thead th { white-space: normal; } }
-figure { margin: 0; }
-figure svg { display: block; width: 100%; min-width: 600px; height: auto; }
-figure svg text { font-family: inherit !important; }
-figcaption, .caption { margin: 10px 0 0; color: var(--muted); font-size: 13px; }
-details { margin-top: 14px; }
-summary { cursor: pointer; color: var(--muted); }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 0 18px; align-items: start; }
-footer { margin-top: 22px; color: var(--muted); font-size: 13px; }
-@media print { body { background: none; } section, .tile { break-inside: avoid; } }
-"""
-
-# The policy forbids every request: the page stays whole, and private, wherever it is opened.
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{css}</style>
-</head>
-<body>
-<main>
-<header><h1>{title}</h1>{line}</header>
-{body}
-<footer>Written by qprune.</footer>
-</main>
-</body>
-</html>
-"""
-
-
-def get(item: Any, *keys: str) -> Any:
-    """item[key][key]..., or None where something on the way is missing or is no mapping."""
-    for key in keys:
-        item = item.get(key) if isinstance(item, Mapping) else None
-    return item
-
-
-def number(item: Any, *keys: str) -> float | None:
-    """The finite number at that place, or None."""
-    value = get(item, *keys)
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) else None
-
-
-def average(values: Sequence[float | None]) -> float | None:
-    """The mean, or None when there is nothing, or something is missing: a mean over fewer seeds than the others would mislead."""
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known and len(known) == len(values) else None
-
-
-def si(value: float | None, unit: str = "", digits: int = 3) -> str:
-    """12345678 → "12.3 M" + unit; "–" for a missing value."""
-    if value is None:
-        return "–"
-    for scale, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        # From 999.5 up, three digits would round to the next prefix.
-        if abs(value) >= 0.9995 * scale:
-            return f"{value / scale:.{digits}g}\u00a0{prefix}{unit}"
-    return f"{value:.{digits}g}\u00a0{unit}".strip()
-
-
-def runs_of(result: Result) -> list[Any]:
-    runs = get(result, "runs")
-    return list(runs) if isinstance(runs, (list, tuple)) else []
-
-
-def summary(result: Result, network: str, key: str) -> float | None:
-    """A number of the summary ("accuracy_mean", "accuracy_ci95", "bops", "size_bits"); w_bits and a_bits are averaged over the runs."""
-    value = number(result, "summary", network, key)
-    if value is None and key != "accuracy_ci95":
-        name = "accuracy" if key == "accuracy_mean" else key
-        value = average([number(run, "networks", network, name) for run in runs_of(result)])
-    return value
-
-
-def budget_label(result: Result) -> str:
-    """The budget as it was asked for, for example "budget w3a3"."""
-    text = get(result, "budget", "text")
-    return f"budget {text}" if text is not None else "budget"
-
-
-def layers_of(result: Result, run: int = 0) -> list[dict[str, Any]]:
-    """The layers in network order, each with what one run chose: w (bits of every filter; None if unknown), a (None if unknown)."""
-    rows = []
-    policy = get(runs_of(result)[run], "policy") if runs_of(result) else None
-    layers = get(result, "layers")
-    for layer in layers if isinstance(layers, (list, tuple)) else []:
-        chosen = get(policy, str(get(layer, "name")))
-        w, a = get(chosen, "w_bits"), number(chosen, "a_bits")
-        per_filter = isinstance(w, (list, tuple))
-        listed = w if per_filter else [w] * max(1, int(number(layer, "filters") or 1))
-        if isinstance(policy, Mapping) and chosen is None:
-            listed, a = [FLOAT] * len(listed), float(FLOAT)
-        bits = [int(b) for b in listed] if listed and all(number({"b": b}, "b") is not None for b in listed) else None
-        rows.append({"name": str(get(layer, "name")), "info": layer, "w": bits, "a": a, "per_filter": per_filter})
-    return rows
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path} is damaged: {error}; run the search again, or restore the file") from None
-
-
-def read_result(folder: Path) -> dict[str, Any]:
-    """What result.json holds; for an unfinished run {"metrics": [...], "runs": [...]} from metrics.jsonl. Raises CheckpointError."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder; expected the folder of a run")
-    path, metrics = folder / "result.json", folder / "metrics.jsonl"
-    if path.exists():
-        result = _read_json(path)
-        if not isinstance(result, dict) or not isinstance(result.get("runs"), list) or not result["runs"]:
-            raise CheckpointError(f"{path} is not the result of a run: expected an object with a list 'runs'")
-        if result.get("format") != FORMAT:
-            raise CheckpointError(f"{path} has format {result.get('format')!r}; this qprune reads format {FORMAT}")
-        return result
-    if not metrics.exists():
-        raise CheckpointError(f"{folder} holds neither result.json nor metrics.jsonl; expected the folder of a run")
-    return _read_metrics(metrics)
-
-
-def _read_metrics(path: Path) -> dict[str, Any]:
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
-    rows: list[dict[str, Any]] = []
-    for index, line in enumerate(lines):
-        try:
-            row = json.loads(line) if line.strip() else None
-        except ValueError as error:
-            # A line without its newline at the end is one that is being written, or was when the run was killed.
-            if index == len(lines) - 1:
-                continue
-            raise CheckpointError(f"{path}, line {index + 1} is damaged: {error}") from None
-        if row is not None and not isinstance(row, dict):
-            raise CheckpointError(f"{path}, line {index + 1}: expected an object, got {type(row).__name__}")
-        rows += [] if row is None else [row]
-    search = [row for row in rows if row.get("phase") == "search"]
-    seeds = dict.fromkeys(str(row.get("seed")) for row in search)
-    runs = [{"seed": seed, "search_history": [row for row in search if str(row.get("seed")) == seed]} for seed in seeds]
-    return {"metrics": rows, "runs": runs}
+from qprune.page import CSS, PAGE
+from qprune.result import FLOAT, NETWORKS, PRUNED, Result, average, budget_label, get, layers_of, number, read_result, runs_of, si, summary
 
 
 def _percent(value: float | None, half: float | None = None, digits: int = 2) -> str:
@@ -410,7 +222,7 @@ def _page(result: Result) -> str:
             f'<p class="verdict">{escape(str(verdict or "–"))}</p>{_tiles(result)}{_results(result)}{_figures(result)}{_settings(result)}'
         )
     line = "" if "metrics" in result else f"<p>{escape(' · '.join(filter(None, facts)))}</p>"
-    return _PAGE.format(title=title, css=_CSS, line=line, body=body)
+    return PAGE.format(title=title, css=CSS, line=line, body=body)
 
 
 def write_report(folder: Path) -> Path:

@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 
 from qprune import figures
 from qprune.errors import CheckpointError
-from qprune.report import plot, read_result, report, si, write_report
+from qprune.report import plot, report, write_report
+from qprune.result import read_result, si
 
 RESNET8 = ["conv1", *(f"layer{stage}.0.conv{i}" for stage in (1, 2, 3) for i in (1, 2)), "fc"]
 MOBILENET = ["features.0.0", *(f"features.{i // 3 + 1}.conv.{i % 3}.0" for i in range(58)), "classifier.1"]
