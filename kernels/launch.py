@@ -1,0 +1,218 @@
+"""Launch parameters as data: how the kernels see a tensor, and the blocks, grid and warps they run with.
+
+A kernel sees x as [outer, channels, inner] with free strides, cut into tiles of [block_outer, block_channels, block_inner]. One program
+owns one block of channels and walks over its share of the (outer, inner) tiles, so that the parameters of a channel are loaded and inverted
+once per program:
+
+    one row of parameters      [1, 1, numel]         flat tiles
+    weight [F, C, kh, kw]      [1, F, C·kh·kw]       several rows per tile, long rows shared by several programs
+    activation, contiguous     [N, C, H·W]           the same, for each sample
+    activation, channels last  [N·H·W, C, 1]         tiles of positions × channels
+
+Nothing here imports Triton, and nothing depends on measured timings of a run: the same shapes always get the same launch.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any
+
+from .layout import Layout
+
+
+@dataclass(frozen=True)
+class View:
+    """x as [outer, channels, inner]. Element (o, c, i) lies at o·x_outer + c·x_channel + i; in group m of the output at
+    o·y_outer + c·y_channel + i + m·y_group. Strides of dimensions of size 1 are 0.
+
+    repeat  how often the rows of the parameters repeat to make `channels` rows (1 but for unusual axes of grouped tensors)
+    align   largest power of two up to 16 that divides every size and stride which decides about wide loads
+    unit    inner is 1 and neighbouring channels are neighbours in memory
+    """
+
+    outer: int
+    channels: int
+    inner: int
+    x_outer: int
+    x_channel: int
+    y_outer: int
+    y_channel: int
+    y_group: int
+    repeat: int
+    align: int
+    unit: bool
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the launch parameters depend on: multiprocessors, compute capability (90 for 9.0), and whether the interpreter runs."""
+
+    processors: int
+    arch: int
+    interpreted: bool = False
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Blocks per program, programs that share the outer and the inner tiles, warps, and elements per memory access of a thread."""
+
+    block_outer: int
+    block_channels: int
+    block_inner: int
+    splits_outer: int
+    splits_inner: int
+    warps: int
+    vector: int
+
+
+@dataclass(frozen=True)
+class FinishTile:
+    """Blocks of the kernel that adds up the partial sums."""
+
+    finish_channels: int
+    finish_splits: int
+    finish_warps: int
+
+
+_pins: dict[str, int] = {}
+
+
+class pinned:
+    """Fix launch parameters by field name while the block runs: `with pinned(block_inner=64, warps=1): …`, for tests and benchmarks.
+
+    Holds for every thread, since autograd runs the backward pass in its own.
+    """
+
+    def __init__(self, **fields: int) -> None:
+        known = {*Tile.__dataclass_fields__, *FinishTile.__dataclass_fields__}
+        if unknown := fields.keys() - known:
+            raise TypeError(f"no launch parameter is called {', '.join(sorted(unknown))}: expected some of {', '.join(sorted(known))}")
+        self.fields = fields
+
+    def __enter__(self) -> pinned:
+        self.previous = dict(_pins)
+        _pins.update(self.fields)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        _pins.clear()
+        _pins.update(self.previous)
+
+
+def _pin(tile: Any) -> Any:
+    fields = {name: value for name, value in _pins.items() if name in tile.__dataclass_fields__}
+    return replace(tile, **fields) if fields else tile
+
+
+@functools.lru_cache(maxsize=4096)
+def view(layout: Layout) -> View:
+    """The [outer, channels, inner] view of a layout."""
+    c, inner, m, block = layout.channels, layout.inner, layout.groups, layout.block
+    repeat = 1
+    if c == 1:
+        inner = block if m > 1 else layout.numel
+    elif m > 1 and block % (c * inner) == 0:
+        repeat = block // (c * inner)
+    elif m > 1:
+        repeat = layout.numel // (c * inner)
+    channels = c * repeat
+    outer = layout.numel // (channels * inner)
+    x_outer, x_channel = channels * inner, inner
+    y_outer, y_channel, y_group = m * x_outer, inner, block if m > 1 else 0
+    if c > 1 and m > 1 and block % (channels * inner) != 0:
+        # several output segments in a channel: they take the place of the outer dimension, which is 1 here
+        outer, inner, x_outer = inner // block, block, block
+        y_outer, y_channel = m * block, m * x_channel
+    x_outer, y_outer = (0, 0) if outer == 1 else (x_outer, y_outer)
+    x_channel, y_channel = (0, 0) if channels == 1 else (x_channel, y_channel)
+    unit = inner == 1 and y_channel == 1
+    widths = (channels, x_outer, y_outer, y_group) if unit else (inner, x_outer, x_channel, y_outer, y_channel, y_group)
+    return View(outer, channels, inner, x_outer, x_channel, y_outer, y_channel, y_group, repeat, math.gcd(16, *widths), unit)
+
+
+def _power(n: int) -> int:
+    """Smallest power of two that is at least n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _fit(n: int, low: int, high: int) -> int:
+    """The largest power of two in [low, high] that wastes at most 1/8 of the tiles over n elements, else the one that wastes least."""
+    if n <= low:
+        return _power(n)
+    sizes = [1 << e for e in range(high.bit_length() - 1, low.bit_length() - 2, -1)]
+    waste = {b: _cdiv(n, b) * b for b in sizes}
+    return next((b for b in sizes if 8 * waste[b] <= 9 * n), min(sizes, key=lambda b: waste[b]))
+
+
+def _blocks(v: View, size: int, vector: int, row: int) -> tuple[int, int, int]:
+    """Block sizes of a tile of at most `size` elements; `row` bounds the part of it that lies in one channel."""
+    if v.inner == 1:
+        inner, channels = 1, min(_fit(v.channels, 32, 128), size)
+    elif v.channels == 1:
+        inner, channels = _fit(v.inner, min(64, size), size), 1
+    else:
+        inner = _fit(v.inner, min(max(8 * vector, 16), row), row)
+        channels = min(_power(v.channels), size // inner)
+    return min(_power(v.outer), size // (inner * channels)), channels, inner
+
+
+def _tile(v: View, size: int, row: int, vector: int, device: Device, per_processor: int) -> Tile:
+    if device.interpreted:
+        # an operation costs the same for 1 and for 10 000 elements there, so few and large programs
+        size, row, per_processor = 2**15, 2**13, 1
+    outer, channels, inner = _blocks(v, size, vector, row)
+    share = max(1, device.processors * per_processor // _cdiv(v.channels, channels))
+    splits_outer = min(_cdiv(v.outer, outer), share)
+    splits_inner = min(_cdiv(v.inner, inner), max(1, share // splits_outer))
+    warps = max(1, min(4, outer * channels * inner // (32 * max(vector, 4))))
+    return Tile(outer, channels, inner, splits_outer, splits_inner, warps, vector)
+
+
+def _vector(v: View, itemsize: int) -> int:
+    """Elements per memory access: 16 bytes of them, but four for channels side by side, where a thread holds 3K parameters and 2K sums for
+    each of its channels, which fill the registers."""
+    return min(16 // itemsize, v.align, 4 if v.unit else 16)
+
+
+@functools.lru_cache(maxsize=4096)
+def _forward(v: View, itemsize: int, device: Device) -> Tile:
+    vector = _vector(v, itemsize)
+    each = 16 // itemsize if v.unit else vector
+    return _tile(v, (128 if v.y_group else 256) * each, 64 * vector, vector, device, per_processor=8)
+
+
+@functools.lru_cache(maxsize=4096)
+def _backward(v: View, itemsize: int, device: Device) -> Tile:
+    vector = _vector(v, itemsize)
+    return _tile(v, 128 * max(vector, 2), 32 * max(vector, 2), vector, device, per_processor=8)
+
+
+@functools.lru_cache(maxsize=4096)
+def _finish(channels: int, splits: int) -> FinishTile:
+    block = min(_power(splits), 1024)
+    return FinishTile(min(_power(channels), max(1, 1024 // block)), block, 4)
+
+
+def forward(v: View, itemsize: int, device: Device) -> Tile:
+    """Launch of the forward kernel; itemsize is the smaller one of x and the output."""
+    tile: Tile = _pin(_forward(v, itemsize, device))
+    return tile
+
+
+def backward(v: View, itemsize: int, device: Device) -> Tile:
+    """Launch of the backward kernel; itemsize is the smaller one of x and the gradient."""
+    tile: Tile = _pin(_backward(v, itemsize, device))
+    return tile
+
+
+def finish(channels: int, splits: int) -> FinishTile:
+    """Launch of the kernel that adds up `splits` partial sums for each channel."""
+    tile: FinishTile = _pin(_finish(channels, splits))
+    return tile
