@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch, layout, reference
+from .errors import QPruneError
 
 _lib = torch.library.Library("qprune", "DEF")
 _CANDIDATES = "Tensor offset, Tensor range, Tensor p, float[] steps, float[] zero_point, int axis, int[] groups"
@@ -113,3 +114,10 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 torch.library.register_autograd("qprune::mix_quantize", _autograd, setup_context=_setup_context, lib=_lib)
+
+
+def _refuse(ctx: Any, *grads: Tensor) -> None:
+    raise QPruneError("mix_quantize has no second derivatives: do not differentiate its gradients (create_graph=True)")
+
+
+torch.library.register_autograd("qprune::mix_quantize_backward", _refuse, lib=_lib)

@@ -18,7 +18,7 @@ def _steps(steps: Sequence[float], zero_point: Sequence[float], k: int) -> tuple
     if not (len(steps) == len(zero_point) == k) or k == 0:
         raise InputError(f"mix_quantize: steps and zero_point must hold K = {k} ≥ 1 numbers, got {len(steps)} and {len(zero_point)}")
     for n, z in zip(steps, zero_point, strict=True):
-        if n != math.inf and n != IDENTITY and not (n == int(n) and 0 <= n <= _MAX_STEPS):
+        if n != math.inf and n != IDENTITY and not (0 <= n <= _MAX_STEPS and n == int(n)):
             raise InputError(f"mix_quantize: steps must be integers from 0 to {_MAX_STEPS}, or math.inf for full precision, got {n}")
         if 0 < n < math.inf and not (0 <= z <= n and 2 * z == int(2 * z)):
             raise InputError(f"mix_quantize: zero_point must be a multiple of 1/2 between 0 and steps = {n}, got {z}")
