@@ -77,7 +77,7 @@ class _Candidates:
             shape[axis] = p.size(0)
         self.offset, self.range, self.p = ([column.reshape(shape) for column in t.to(self.dtype).unbind(1)] for t in (offset, range, p))
         self.noise = None if seed is None else philox_uniform(seed, _storage_index(x)).to(self.dtype) - 0.5
-        self.reduced = [d for d in torch.arange(x.dim()).tolist() if shape[d] == 1]
+        self.reduced = [d for d, size in enumerate(shape) if size == 1]
         self.rows = p.size(0)
 
     def code(self, k: int, n: float, z: float) -> tuple[Tensor, Tensor, Tensor]:
