@@ -15,7 +15,7 @@ help:
 	@echo 'make clean   remove the environment, caches and build products (runs/ stays)'
 
 demo: $(STAMP)
-	$(VENV)/bin/qprune search --data digits --model resnet8 --budget w3a3 --method edmips --out runs/demo
+	$(VENV)/bin/qprune search --data digits --model resnet8 --budget w3a3 --method edmips --out runs/demo --overwrite
 
 test: $(STAMP)
 	$(VENV)/bin/ruff check .
@@ -36,7 +36,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	@rm -f $@
 	@$(PYTHON) -m venv --clear $(VENV)
 	@$(PIP) torch setuptools
-	@$(PIP) --no-build-isolation --editable '.[onnx,test]'
+	@$(PIP) --no-build-isolation --editable '.[test]'
 	@touch $@
 
 clean:
