@@ -43,7 +43,7 @@ def _locate() -> Path:
             return path
     with build.locked(cached.with_suffix(".lock")):
         if not cached.is_file():
-            log.warning("qprune: compiling the CPU kernels once (about 15 s), cached in %s", cached.parent)
+            log.warning("qprune: compiling the CPU kernels once (well under a minute), cached in %s", cached.parent)
             start = time.perf_counter()
             build.build(cached)
             log.info("qprune: compiled the CPU kernels in %.0f s", time.perf_counter() - start)

@@ -15,35 +15,9 @@ constexpr int64_t kLong = 4096;    // elements that a float32 lane sum may cover
 using Forward = decltype(&forward_run<1, Mode{}>);
 using Backward = decltype(&backward_run<1, Mode{}>);
 
-template <Mode mode, int... K>
-Forward forward_of(int k, std::integer_sequence<int, K...>) {
-  static constexpr Forward all[] = {&forward_run<K, mode>...};
-  return all[k];
-}
-
-template <Mode mode, int... K>
-Backward backward_of(int k, std::integer_sequence<int, K...>) {
-  static constexpr Backward all[] = {&backward_run<K, mode>...};
-  return all[k];
-}
-
-constexpr auto kCounts = std::make_integer_sequence<int, kMost + 1>();
-
-inline Forward find_forward(int k, const Mode& mode) {
-  if (mode.noise && mode.table) return forward_of<Mode{.noise = true, .table = true}>(k, kCounts);
-  if (mode.noise) return forward_of<Mode{.noise = true}>(k, kCounts);
-  if (mode.table) return forward_of<Mode{.table = true}>(k, kCounts);
-  return mode.shared ? forward_of<Mode{.shared = true}>(k, kCounts) : forward_of<Mode{}>(k, kCounts);
-}
-
-// Only the most frequent mode has a variant without the sum for the offset: each one costs time to compile.
-inline Backward find_backward(int k, const Mode& mode) {
-  if (mode.noise && mode.table) return backward_of<Mode{.noise = true, .table = true, .offset = true}>(k, kCounts);
-  if (mode.noise) return backward_of<Mode{.noise = true, .offset = true}>(k, kCounts);
-  if (mode.table) return backward_of<Mode{.table = true, .offset = true}>(k, kCounts);
-  if (mode.shared) return backward_of<Mode{.shared = true, .offset = true}>(k, kCounts);
-  return mode.offset ? backward_of<Mode{.offset = true}>(k, kCounts) : backward_of<Mode{}>(k, kCounts);
-}
+// The inner loop for k candidates; forward.cpp and backward.cpp hold the instances, so that they compile side by side.
+Forward find_forward(int k, const Mode& mode);
+Backward find_backward(int k, const Mode& mode);
 
 // Everything that one call needs. `grad` set: backward.
 struct Call {
