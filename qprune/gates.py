@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +19,7 @@ class Gate(nn.Module):
     """The mixing coefficients of K candidates, one row for a layer or one per filter.
 
     modes    "relaxed": softmax((logits + noise) / temperature); "sampled": the one-hot argmax of the same, with the softmax's gradient
-             (straight-through Gumbel-softmax, 1611.01144); "fixed": the one-hot `choice`, without gradient
+             (straight-through Gumbel-softmax, 1611.01144); "fixed": the one-hot `choice`, with zero gradient
     logits   parameter [K] or [C, K], zero at the start (every candidate equally likely)
     noise    buffer like logits, zero unless `sample` drew Gumbel noise; drawn outside the forward pass, so that all ranks can draw the same
     forward  returns p, float32, of the shape of logits; rows sum to 1
@@ -39,7 +40,8 @@ class Gate(nn.Module):
 
     def forward(self) -> Tensor:
         if self.mode == "fixed":
-            return F.one_hot(self.choice, self.logits.size(-1)).to(torch.float32)
+            hard = F.one_hot(self.choice, self.logits.size(-1)).to(torch.float32)
+            return torch.where(torch.isfinite(hard), hard, self.logits.float())  # the logits keep a gradient, as every parameter must
         soft = ((self.logits.float() + self.noise) / self.temperature).softmax(-1)
         if self.mode == "relaxed":
             return soft
@@ -49,7 +51,8 @@ class Gate(nn.Module):
     @torch.no_grad()
     def sample(self, generator: torch.Generator | None = None) -> None:
         """Draw new Gumbel noise. With the same generator state, every rank draws the same."""
-        uniform = torch.rand(self.noise.shape, generator=generator).clamp_(1e-20, 1 - 1e-7)
+        device = None if generator is None else generator.device
+        uniform = torch.rand(self.noise.shape, generator=generator, device=device).clamp_(1e-20, 1 - 1e-7)
         self.noise.copy_(-(-uniform.log()).log())
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -89,6 +92,8 @@ def set_gates(model: nn.Module, mode: str | None = None, temperature: float | No
     """Set the mode and the softmax temperature of every gate of a prepared model."""
     if mode is not None and mode not in MODES:
         raise QPruneError(f"unknown gate mode {mode!r}: expected one of {', '.join(MODES)}")
+    if temperature is not None and not 0 < temperature < math.inf:
+        raise QPruneError(f"temperature: expected a positive number, got {temperature!r}")
     for _, gate in gates(model):
         if mode is not None:
             gate.mode = mode

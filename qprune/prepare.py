@@ -5,20 +5,21 @@ from __future__ import annotations
 import copy
 import difflib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
 from qprune.errors import InputError, RuleError, UnsupportedLayerError
+from qprune.gates import gates
 from qprune.geometry import ExampleInputs, Geometry, float_twin, run_observed, trace_geometry, weighted_layers
 from qprune.groups import channel_groups
-from qprune.nn.mixed import MixedConv2d, MixedLinear
+from qprune.nn.mixed import MixedActivation, MixedConv2d, MixedLinear
 from qprune.nn.mixing import Mixing
-from qprune.nn.surgery import replace_modules
+from qprune.nn.surgery import plain, replace_modules
 from qprune.policy import LayerBits
-from qprune.quantizers import InputQuantizer
+from qprune.quantizers import InputQuantizer, Quantizer, sample_values
 from qprune.record import Record, attach, unwrap
 from qprune.space import SearchSpace
 
@@ -35,39 +36,50 @@ def prepare(model: nn.Module, space: SearchSpace, rules: Rules | None = None, ex
                     channel groups, and which inputs are signed. Ranges are calibrated on the first training batch, or by `calibrate`
 
     The model's own code is neither traced nor edited: control flow, shared modules and any nesting are fine. Layers of other types, and
-    subclasses of nn.Conv2d or nn.Linear with code of their own, stay as they are. Weights are copied, the given model is not changed.
-    Raises RuleError for a rule that matches no layer, UnsupportedLayerError for one that names a layer that cannot be replaced.
+    those with code of their own (subclasses, parametrized or pruned weights, a patched forward), stay as they are. A layer that is mixed
+    already keeps its candidates unless a rule names others. Weights are copied, the given model is not changed.
+    Raises RuleError for a rule that matches no layer, UnsupportedLayerError for one that names a layer that cannot be replaced, and for
+    lazy layers without example_inputs.
     """
     if not isinstance(space, SearchSpace):
         raise RuleError(f"prepare: space must be a SearchSpace, got {type(space).__name__}")
+    prepared = copy.deepcopy(unwrap(model), _computed_attributes(unwrap(model)))
     geometry = None
     if example_inputs is not None:
-        geometry = Geometry(trace_geometry(model, example_inputs), channel_groups(model, example_inputs))
-    prepared = copy.deepcopy(unwrap(model))
+        geometry = Geometry(trace_geometry(prepared, example_inputs), channel_groups(prepared, example_inputs))
     spaces = assign_spaces(prepared, space, rules or {})
     swaps: dict[nn.Module, nn.Module] = {}
     fixed: dict[str, LayerBits | None] = {}
     for name, module in weighted_layers(prepared):
-        chosen = spaces.get(name)
+        chosen = spaces[name]
+        swaps[module] = _with_space(module, chosen)
         if chosen is None:
             fixed[name] = None
             continue
-        if isinstance(module, Mixing):
-            mixed: Mixing = module
-        else:
-            mixed = _mixed(module, chosen)
-            swaps[module] = mixed
-        mixed.layer_name = name
-        if mixed.space.is_fixed:
-            fixed[name] = LayerBits(*mixed.space.candidates[0])
-    prepared = replace_modules(prepared, swaps)
+        swaps[module].layer_name = name  # type: ignore[assignment]
+        if chosen.is_fixed:
+            fixed[name] = LayerBits(*chosen.candidates[0])
+    prepared = replace_modules(prepared, {old: new for old, new in swaps.items() if old is not new})
     attach(prepared, Record(geometry, fixed))
     if example_inputs is not None:
-        _observe_signs(prepared, example_inputs)
+        _observe_inputs(prepared, [example_inputs], lambda name, quantizer, x: quantizer.observe_sign(x))
     return prepared
 
 
-def _mixed(layer: nn.Module, space: SearchSpace) -> Mixing:
+def _computed_attributes(model: nn.Module) -> dict[int, Tensor]:
+    """Copies, for deepcopy, of what it refuses: results of autograd that modules hold, like the weight of torch.nn.utils.prune."""
+    held = [value for module in model.modules() for value in module.__dict__.values() if isinstance(value, Tensor)]
+    return {id(value): value.detach().clone() for value in held if not value.is_leaf}
+
+
+def _with_space(layer: nn.Module, space: SearchSpace | None) -> nn.Module:
+    """The layer with these candidates, or the plain one for None; the layer itself where that is what it is."""
+    if isinstance(layer, Mixing):
+        if layer.space == space:
+            return layer
+        layer = plain(layer)
+    if space is None:
+        return layer
     if isinstance(layer, nn.Conv2d):
         return MixedConv2d.from_float(layer, space)
     assert isinstance(layer, nn.Linear)
@@ -75,7 +87,8 @@ def _mixed(layer: nn.Module, space: SearchSpace) -> Mixing:
 
 
 def assign_spaces(model: nn.Module, space: SearchSpace, rules: Rules) -> dict[str, SearchSpace | None]:
-    """Layer name → its space, or None for a layer that stays float."""
+    """Layer name → its space, or None for a layer that stays as it is."""
+    aliases = dict(model.named_modules(remove_duplicate=False))
     modules = dict(model.named_modules())
     layers = {name: _replaceable(module) for name, module in weighted_layers(model)}
     used: set[str] = set()
@@ -83,20 +96,26 @@ def assign_spaces(model: nn.Module, space: SearchSpace, rules: Rules) -> dict[st
     for name, replaceable in layers.items():
         pattern = name if name in rules else next((rule for rule in rules if fnmatchcase(name, rule)), None)
         used.update(rule for rule in rules if rule == name or fnmatchcase(name, rule))
-        chosen = space if pattern is None else rules[pattern]
+        default = module.space if isinstance(module := modules[name], Mixing) else space
+        chosen = default if pattern is None else rules[pattern]
         if chosen is not None and not isinstance(chosen, SearchSpace):
             raise RuleError(f"rule {pattern!r}: expected a SearchSpace or None, got {type(chosen).__name__}")
         if not replaceable and chosen is not None:
             if pattern == name:
-                raise UnsupportedLayerError(_why_not(name, modules[name]))
-            if type(modules[name]) is not nn.ConvTranspose2d:
-                log.info("qprune: %s", _why_not(name, modules[name]))
+                raise UnsupportedLayerError(_why_not(name, module))
+            if nn.parameter.is_lazy(module.weight):
+                raise UnsupportedLayerError(f"layer {name}: {type(module).__name__} has no shape yet: give prepare example_inputs")
+            if type(module) is not nn.ConvTranspose2d:
+                log.info("qprune: %s", _why_not(name, module))
             chosen = None
         spaces[name] = chosen
     for rule in rules:
         if rule in used:
             continue
-        if rule in modules and rules[rule] is not None:
+        if rule in aliases and aliases[rule] in [modules[name] for name in layers]:
+            first = next(name for name in layers if modules[name] is aliases[rule])
+            raise RuleError(f"rule {rule!r} names a layer that is shared: use its first name {first!r}")
+        if rule in modules and (rules[rule] is not None or any(weighted_layers(modules[rule]))):
             raise UnsupportedLayerError(_why_not(rule, modules[rule]))
         if rule not in modules:
             near = difflib.get_close_matches(rule, layers, n=1, cutoff=0.3)
@@ -106,11 +125,17 @@ def assign_spaces(model: nn.Module, space: SearchSpace, rules: Rules) -> dict[st
 
 
 def _replaceable(module: nn.Module) -> bool:
-    return type(module) in (nn.Conv2d, nn.Linear) or isinstance(module, Mixing)
+    plain_code = type(module) in (nn.Conv2d, nn.Linear) and "weight" in module._parameters and "forward" not in module.__dict__
+    return plain_code or isinstance(module, Mixing)
 
 
 def _why_not(name: str, module: nn.Module) -> str:
-    return f"layer {name}: {type(module).__name__} cannot be mixed (only nn.Conv2d and nn.Linear can, not subclasses); it stays float"
+    kind = type(module).__name__
+    if any(weighted_layers(module)) and not isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
+        return f"layer {name}: {kind} holds layers but is none; for all of them, use the pattern {name + '.*'!r}"
+    if type(module) in (nn.Conv2d, nn.Linear):
+        return f"layer {name}: this {kind} has a computed weight or a patched forward, and cannot be mixed; it stays float"
+    return f"layer {name}: {kind} cannot be mixed (only nn.Conv2d and nn.Linear can, not subclasses); it stays float"
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -118,13 +143,20 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
-def _observe_signs(model: nn.Module, example_inputs: ExampleInputs) -> None:
-    def observe(name: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
-        quantizer = getattr(layer, "input_quantizer", None)
-        if isinstance(quantizer, InputQuantizer):
-            quantizer.observe_sign(x)
+def _observe_inputs(model: nn.Module, inputs: Iterable[ExampleInputs], observe: Callable[[str, InputQuantizer, Tensor], None]) -> None:
+    """Call observe(layer name, quantizer, x) with what every input quantizer would see if all quantizers were off, in eval mode."""
+    quantizers = {name.rpartition(".")[0]: module for name, module in model.named_modules() if isinstance(module, InputQuantizer)}
+    twin = float_twin(model)
+    activations = [(name, module) for name, module in twin.named_modules() if isinstance(module, MixedActivation)]
+    identities: dict[nn.Module, nn.Module] = {module: nn.Identity() for _, module in activations}
+    for name, module in activations:
+        identities[module].register_forward_hook(lambda layer, args, y, name=name: observe(name, quantizers[name], y))
 
-    run_observed(model, [example_inputs], observe)
+    def layer_called(name: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
+        if name in quantizers:
+            observe(name, quantizers[name], x)
+
+    run_observed(replace_modules(twin, identities), inputs, layer_called)
 
 
 def calibrate(model: nn.Module, batches: Iterable[ExampleInputs | tuple[Tensor, Tensor]]) -> nn.Module:
@@ -135,18 +167,18 @@ def calibrate(model: nn.Module, batches: Iterable[ExampleInputs | tuple[Tensor, 
     """
     samples: dict[str, list[Tensor]] = {}
 
-    def collect(name: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
-        flat = x.detach().reshape(-1)
-        samples.setdefault(name, []).append(flat[:: max(1, flat.numel() // 65536)])
+    quantizers: dict[str, InputQuantizer] = {}
+
+    def collect(name: str, quantizer: InputQuantizer, x: Tensor) -> None:
+        quantizers[name] = quantizer
+        samples.setdefault(name, []).append(sample_values(x))
 
     inputs = [_only_inputs(batch) for batch in batches]
     if not inputs:
         raise InputError("calibrate: no batches were given")
-    run_observed(float_twin(unwrap(model)), inputs, collect)
-    for name, layer in weighted_layers(unwrap(model)):
-        quantizer = getattr(layer, "input_quantizer", None)
-        if isinstance(quantizer, InputQuantizer) and name in samples:
-            quantizer.calibrate(torch.cat(samples[name]))
+    _observe_inputs(unwrap(model), inputs, collect)
+    for name, quantizer in quantizers.items():
+        quantizer.calibrate(torch.cat(samples[name]))
     return model
 
 
@@ -158,7 +190,7 @@ def _only_inputs(batch: ExampleInputs | tuple[Tensor, Tensor]) -> ExampleInputs:
 
 def arch_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The gates' logits: what the search learns about bits."""
-    return [p for name, p in model.named_parameters() if name.endswith("gate.logits")]
+    return [gate.logits for _, gate in gates(model)]
 
 
 def weight_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -169,4 +201,4 @@ def weight_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 def quantizer_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The quantizers' ranges and offsets: part of weight_parameters, best given an optimizer without weight decay."""
-    return [p for name, p in model.named_parameters() if name.endswith(("quantizer.log_range", "quantizer.offset"))]
+    return [p for module in model.modules() if isinstance(module, Quantizer) for p in module.parameters()]

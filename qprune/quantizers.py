@@ -17,6 +17,8 @@ from qprune.space import FLOAT, PRUNED
 
 _TINY = 1e-8
 _SAMPLE = 1 << 16
+_STRIDE = 2654435761  # a prime near 2^32 / golden ratio: its multiples spread evenly over any shape
+_LOG_LIMIT = 69.0  # e^±69 = 10^±30: r and 1/r stay finite and positive in float32
 
 
 def weight_grid(kind: str, bits: int) -> tuple[float, float]:
@@ -52,9 +54,13 @@ def gaussian_range(n: float, z: float) -> float:
 class Quantizer(nn.Module):
     """K candidate quantizers with learned ranges, and their weighted sum as one fused pass.
 
-    log_range  parameter [rows, K], the logarithm of r in the unit of the tensor: r stays positive, and its gradient is scale-free (LSQ
-               divides the gradient of the step by sqrt(N·n) instead). Candidates of 0 and 32 bits have an entry that is never used.
+    log_range  [rows, K], the logarithm of r in the unit of the tensor: r stays positive, and its gradient is scale-free (LSQ divides the
+               gradient of the step by sqrt(N·n) instead). A parameter; a buffer where no candidate uses it, so that every parameter has a
+               gradient. Candidates of 0 and 32 bits have an entry that is never used.
     """
+
+    log_range: Tensor
+    unused: tuple[int, ...] = (PRUNED, FLOAT)
 
     def __init__(self, bits: Sequence[int], grid: Sequence[tuple[float, float]], rows: int, device: torch.device | None) -> None:
         super().__init__()
@@ -62,8 +68,17 @@ class Quantizer(nn.Module):
         self.steps = [n for n, _ in grid]
         self.zero_point = [z for _, z in grid]
         self.pass_through = [0] * len(self.bits)
-        self.log_range = nn.Parameter(torch.zeros(rows, len(self.bits), device=device))
-        self.loaded = True
+        self._learn("log_range", torch.zeros(rows, len(self.bits), device=device))
+
+    def _learn(self, name: str, value: Tensor) -> None:
+        if set(self.bits) <= set(self.unused):
+            self.register_buffer(name, value)
+        else:
+            self.register_parameter(name, nn.Parameter(value))
+
+    def learned_range(self) -> Tensor:
+        """exp(log_range), float32: positive and finite whatever an optimizer did."""
+        return self.log_range.float().clamp(-_LOG_LIMIT, _LOG_LIMIT).exp()
 
     def mix(self, x: Tensor, offset: Tensor, r: Tensor, p: Tensor, axis: int, picks: Sequence[int], groups: Sequence[int]) -> Tensor:
         """One fused pass with the candidates `picks`: offset, r [1 or C, K], p [1 or C, K], in float32 (float64 for float64 x)."""
@@ -78,9 +93,8 @@ class Quantizer(nn.Module):
         return [k for k, b in enumerate(self.bits) if b not in (PRUNED, FLOAT)]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # A float network's state_dict knows nothing of quantizers: they start anew instead of being reported as missing.
-        self.loaded = f"{prefix}log_range" in state_dict
-        if self.loaded:
+        # A float network's state_dict knows nothing of quantizers: they are not reported as missing (the layer starts them anew).
+        if f"{prefix}log_range" in state_dict:
             super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
@@ -92,6 +106,8 @@ class WeightQuantizer(Quantizer):
 
     One bit is sign(w) · mean|w| (1603.05279), its range taken from the weight at every call, with the gradient passed through.
     """
+
+    unused = (PRUNED, 1, FLOAT)
 
     def __init__(self, kind: str, bits: Sequence[int], rows: int, device: torch.device | None = None) -> None:
         super().__init__(bits, [weight_grid(kind, b) for b in bits], rows, device)
@@ -113,7 +129,7 @@ class WeightQuantizer(Quantizer):
 
     def ranges(self, weight: Tensor) -> Tensor:
         """r [rows, K]."""
-        r = self.log_range.float().exp()
+        r = self.learned_range()
         if 1 not in self.bits:
             return r
         magnitude = weight.detach().float().abs()
@@ -147,9 +163,13 @@ class InputQuantizer(Quantizer):
 
     Whether the input can be negative is a buffer, not structure: a signed input has the two's-complement grid, expressed by a negative
     offset. It is found, with starting ranges, by `calibrate`, or by the first training batch.
+
+    calibrated  bool: no batch is needed any more. The buffer `started` holds the same for state_dict
     """
 
     signed: Tensor
+    started: Tensor
+    offset: Tensor
     negative_share: Tensor
 
     def __init__(self, kind: str, bits: Sequence[int], device: torch.device | None = None) -> None:
@@ -159,13 +179,20 @@ class InputQuantizer(Quantizer):
         below = [[_negative_share(b) for b in bits]]
         self.register_buffer("negative_share", torch.tensor(below, device=device), persistent=False)
         if kind == "lsq+":
-            self.offset = nn.Parameter(torch.zeros(1, len(self.bits), device=device))
+            self._learn("offset", torch.zeros(1, len(self.bits), device=device))
         self.calibrated = not self.searched
+        self.register_buffer("started", torch.full((), float(self.calibrated), device=device))
         self._default_ranges()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self.calibrated = self.calibrated or self.loaded
+        if f"{prefix}started" in state_dict:
+            self.calibrated = not self.searched or bool(state_dict[f"{prefix}started"])
+
+    def restart(self) -> None:
+        """Calibrate again on the next training batch."""
+        self.calibrated = not self.searched
+        self.started.fill_(self.calibrated)
 
     @torch.no_grad()
     def _default_ranges(self) -> None:
@@ -189,27 +216,30 @@ class InputQuantizer(Quantizer):
     def calibrate(self, x: Tensor) -> None:
         """Set the sign and the ranges (and offsets) that minimise the squared error on x, on at most 65,536 of its values; no host sync.
 
-        In a distributed job all ranks agree on the mean.
+        In a distributed job all ranks agree on the mean. Where x is zero everywhere, nothing can be learned and the ranges stay.
         """
-        self.calibrated = True
         if not self.searched or not x.numel():
             return
+        self.calibrated = True
+        self.started.fill_(1)
         self.observe_sign(x)
-        flat = x.detach().reshape(-1)[:: max(1, x.numel() // _SAMPLE)].float()
+        self.signed.copy_(_mean_over_ranks(self.signed) > 0)
+        flat = sample_values(x)
         low, high = flat.amin(), flat.amax()
         peak = torch.where(self.signed > 0, flat.abs().amax(), high).clamp_min(_TINY)
+        spread = (flat != 0).any()
         fractions = torch.linspace(0.02, 1.0, 50, device=flat.device) ** 1.5
         for k in self.searched:
             n, below = self.steps[k], _negative_share(self.bits[k])
             if self.kind == "lsq+":
-                r = (high - low).clamp_min(_TINY) * fractions
-                beta = low * fractions * (low < 0)
+                r = (high.clamp_min(0) - low.clamp_max(0)).clamp_min(_TINY) * fractions
+                beta = low.clamp_max(0) * fractions
             else:
                 r = peak * fractions * (1 + self.signed * (1 / below - 1))
                 beta = -self.signed * r * below
-            errors = torch.stack([_squared_error(flat, b, s, n) for b, s in zip(beta, r)])
-            best = errors.argmin().reshape(1)  # an index tensor: r[int] would read it back to the host
-            self.log_range[:, k] = _mean_over_ranks(r.index_select(0, best)).log()
+            best = _squared_errors(flat, beta, r, n).argmin().reshape(1)  # an index tensor: r[int] would read it back to the host
+            best_range = torch.where(spread, r.index_select(0, best), self.log_range[:, k].float().exp())
+            self.log_range[:, k] = _mean_over_ranks(best_range).log()
             if self.kind == "lsq+":
                 self.offset[:, k] = _mean_over_ranks(beta.index_select(0, best))
 
@@ -217,15 +247,25 @@ class InputQuantizer(Quantizer):
         """Σ_k p_k Q_k(x) for x [N, C, …] and p [K] or [C, K]; with `split`, all Q_k(x) side by side along dimension 1 and p is not used."""
         if not self.calibrated and self.training:
             self.calibrate(x)
-        r, k = self.log_range.float().exp(), len(self.bits)
+        r, k = self.learned_range(), len(self.bits)
         coefficients = torch.ones_like(r) if split else p.reshape(-1, k)
         groups = range(k) if split else [0] * k
         return self.mix(x, self.offsets(r), r, coefficients, 1, range(k), list(groups))
 
 
-def _squared_error(x: Tensor, beta: Tensor, r: Tensor, n: float) -> Tensor:
-    q = torch.round(((x - beta) / r).clamp(0, 1) * n)
-    return (x - beta - q * (r / n)).square().mean()
+def sample_values(x: Tensor) -> Tensor:
+    """At most 65,536 values of x, float32. They are spread over all positions: a fixed stride could meet one image column only."""
+    flat = x.detach().reshape(-1)
+    if flat.numel() > _SAMPLE:
+        flat = flat[torch.arange(_SAMPLE, device=flat.device) * _STRIDE % flat.numel()]
+    return flat.float()
+
+
+def _squared_errors(x: Tensor, beta: Tensor, r: Tensor, n: float) -> Tensor:
+    """The mean squared error on the values x for every (beta, r)."""
+    shifted, r = x - beta.unsqueeze(1), r.unsqueeze(1)
+    q = torch.round((shifted / r).clamp(0, 1) * n)
+    return (shifted - q * (r / n)).square().mean(1)
 
 
 def _mean_over_ranks(value: Tensor) -> Tensor:

@@ -21,18 +21,33 @@ def check_bits(name: str, bits: Any) -> tuple[int, ...]:
     if values is None:
         raise SpaceError(f"{name}: expected bits like (2, 4, 8), got {bits!r}")
     if not values:
-        raise SpaceError(f"{name}: the candidate list is empty; give at least one of {BITS}")
+        raise SpaceError(f"{name}: expected at least one of {BITS}, got an empty list")
     for b in values:
         if isinstance(b, bool) or not isinstance(b, int) or b not in BITS:
-            raise SpaceError(f"{name}: {b!r} is not a bit width; expected one of 0 (pruned), 1 … 8, 32 (float)")
+            raise SpaceError(f"{name}: expected bits from 0 (pruned), 1 … 8, 32 (float), got {b!r}")
     if len(set(values)) != len(values):
-        raise SpaceError(f"{name}: {values} names a candidate twice")
+        raise SpaceError(f"{name}: expected every candidate once, got {values}")
+    return values
+
+
+def _check_pairs(pairs: Any) -> tuple[tuple[int, int], ...]:
+    try:
+        values = tuple((w, a) for w, a in pairs)
+    except (TypeError, ValueError):
+        values = ()
+    if not values:
+        raise SpaceError(f"pairs: expected (weight bits, activation bits) like ((2, 4), (8, 8)), got {pairs!r}")
+    for side in zip(*values, strict=True):
+        for bits in side:
+            check_bits("pairs", (bits,))
+    if len(set(values)) != len(values):
+        raise SpaceError(f"pairs: expected every candidate once, got {values}")
     return values
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
-        raise SpaceError(f"{name}: {value!r} is unknown; expected one of {', '.join(known)}")
+        raise SpaceError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -63,12 +78,12 @@ class SearchSpace:
 
     def __post_init__(self) -> None:
         if self.pairs is not None:
-            pairs = tuple((int(w), int(a)) for w, a in self.pairs)
-            if len(set(pairs)) != len(pairs):
-                raise SpaceError(f"pairs: {pairs} names a candidate twice")
-            w_bits, a_bits = (tuple(dict.fromkeys(side)) for side in (zip(*pairs, strict=True) if pairs else ((), ())))
+            pairs = _check_pairs(self.pairs)
+            w_bits, a_bits = (tuple(dict.fromkeys(side)) for side in zip(*pairs, strict=True))
             self._set(pairs=pairs, joint=True, w_bits=w_bits, a_bits=a_bits)
         self._set(w_bits=check_bits("w_bits", self.w_bits), a_bits=check_bits("a_bits", self.a_bits))
+        if not isinstance(self.joint, bool):
+            raise SpaceError(f"joint: expected True or False, got {self.joint!r}")
         _one_of("granularity", self.granularity, GRANULARITIES)
         _one_of("scales", self.scales, GRANULARITIES)
         _one_of("weight_quantizer", self.weight_quantizer, WEIGHT_QUANTIZERS)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import qprune
 from qprune.errors import BudgetError, InputError, NonFiniteError, QPruneError
-from qprune.gates import gates
+from qprune.gates import Gate, gates
 from qprune.search.constraint import Constraint
 from qprune.search.driver import METHODS
 
@@ -127,7 +127,7 @@ def test_darts_second_order_matches_the_definition() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.w = nn.Parameter(torch.tensor([2.0], dtype=torch.float64))
-            self.gate = nn.Module()
+            self.gate = Gate(1)
             self.gate.logits = nn.Parameter(torch.tensor([0.5], dtype=torch.float64))
 
     toy = Toy()

@@ -7,6 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qprune.errors import SpaceError
 from qprune.gates import make_gate
 from qprune.nn.mixing import Mixing, check_input
 from qprune.nn.surgery import take_over
@@ -29,18 +30,18 @@ class MixedConv2d(Mixing, nn.Conv2d):
     def __init__(self, *args: Any, space: SearchSpace | None = None, **options: Any) -> None:
         layer, fields = _split_options(options)
         nn.Conv2d.__init__(self, *args, **layer)
-        self.setup_mixing(space or SearchSpace(**fields))
+        self.setup_mixing(_chosen(space, fields))
 
     @classmethod
     def from_float(cls, conv: nn.Conv2d, space: SearchSpace) -> MixedConv2d:
         """The mixed layer with the parameters, buffers, hooks, device, dtype and mode of `conv`, sharing its tensors."""
         return take_over(cls, conv, lambda mixed: mixed.setup_mixing(space))
 
-    def forward(self, x: Tensor) -> Tensor:
-        check_input(self, x, (3, 4), self.in_channels, -3)
-        mixed, weight = self.mix(x if x.dim() == 4 else x.unsqueeze(0))
+    def forward(self, input: Tensor) -> Tensor:
+        check_input(self, input, (3, 4), self.in_channels, -3)
+        mixed, weight = self.mix(input if input.dim() == 4 else input.unsqueeze(0))
         y = self._conv_forward(mixed, weight, self.bias)
-        return y if x.dim() == 4 else y.squeeze(0)
+        return y if input.dim() == 4 else y.squeeze(0)
 
 
 class MixedLinear(Mixing, nn.Linear):
@@ -49,17 +50,17 @@ class MixedLinear(Mixing, nn.Linear):
     def __init__(self, *args: Any, space: SearchSpace | None = None, **options: Any) -> None:
         layer, fields = _split_options(options)
         nn.Linear.__init__(self, *args, **layer)
-        self.setup_mixing(space or SearchSpace(**fields))
+        self.setup_mixing(_chosen(space, fields))
 
     @classmethod
     def from_float(cls, linear: nn.Linear, space: SearchSpace) -> MixedLinear:
         """The mixed layer with the parameters, buffers, hooks, device, dtype and mode of `linear`, sharing its tensors."""
         return take_over(cls, linear, lambda mixed: mixed.setup_mixing(space))
 
-    def forward(self, x: Tensor) -> Tensor:
-        check_input(self, x, tuple(range(1, 9)), self.in_features, -1)
-        mixed, weight = self.mix(x.reshape(-1, self.in_features))
-        return F.linear(mixed, weight, self.bias).reshape(*x.shape[:-1], self.out_features)
+    def forward(self, input: Tensor) -> Tensor:
+        check_input(self, input, tuple(range(1, 9)), self.in_features, -1)
+        mixed, weight = self.mix(input.reshape(-1, self.in_features))
+        return F.linear(mixed, weight, self.bias).reshape(*input.shape[:-1], self.out_features)
 
 
 class MixedActivation(nn.Module):
@@ -82,6 +83,14 @@ class MixedActivation(nn.Module):
 
 
 _SPACE_FIELDS = frozenset(SearchSpace.__dataclass_fields__) - {"candidates"}
+
+
+def _chosen(space: SearchSpace | None, fields: dict[str, Any]) -> SearchSpace:
+    if space is None:
+        return SearchSpace(**fields)
+    if fields:
+        raise SpaceError(f"space: give a SearchSpace or its fields, got both (space= and {', '.join(f'{name}=' for name in fields)})")
+    return space
 
 
 def _split_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qprune.errors import InputError
+from qprune.errors import InputError, SpaceError
 from qprune.gates import make_gate
 from qprune.quantizers import InputQuantizer, WeightQuantizer
 from qprune.space import FLOAT, SearchSpace
@@ -24,7 +24,25 @@ def check_input(module: nn.Module, x: Tensor, ranks: tuple[int, ...], channels: 
         raise InputError(f"layer {name}: expected {channels} input channels in dimension {axis}, got shape {tuple(x.shape)}")
 
 
-class Mixing(nn.Module):
+class QuantizedLayer(nn.Module):
+    """What mixed and fixed layers share: quantizers that start anew when a float state_dict brings another weight."""
+
+    weight: Tensor
+    weight_quantizer: WeightQuantizer
+    input_quantizer: InputQuantizer
+    layer_name: str = ""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if f"{prefix}weight" not in state_dict:
+            return
+        if f"{prefix}weight_quantizer.log_range" not in state_dict:
+            self.weight_quantizer.start(self.weight)
+        if f"{prefix}input_quantizer.log_range" not in state_dict:
+            self.input_quantizer.restart()
+
+
+class Mixing(QuantizedLayer):
     """Mixin of MixedConv2d and MixedLinear: y = layer(Σ_j r_j A_j(x), Σ_k p_k Q_k(W)) with factorised candidates, and the sum over pairs,
     collapsed to one convolution over M·C input channels, with joint ones.
 
@@ -33,11 +51,10 @@ class Mixing(nn.Module):
     weight_quantizer, input_quantizer
     """
 
-    weight: Tensor
-    layer_name: str = ""
-
     def setup_mixing(self, space: SearchSpace) -> None:
         """Add gates and quantizers for `space` to a layer whose weight exists."""
+        if not isinstance(space, SearchSpace):
+            raise SpaceError(f"space: expected a SearchSpace, got {type(space).__name__}")
         device, filters = self.weight.device, self.weight.size(0)
         rows = filters if space.granularity == "filter" else None
         self.space = space
@@ -48,7 +65,6 @@ class Mixing(nn.Module):
         self.picks = [space.w_bits.index(w) for w, _ in space.candidates]
         self.pair_groups = [space.a_bits.index(a) for _, a in space.candidates]
         self.weight_quantizer.start(self.weight)
-        self.register_load_state_dict_post_hook(_restart_quantizers)
 
     def mix(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The mixed input [N, C, …] and weight [F, C/g, …]; both with M times the input channels for joint candidates."""
@@ -70,6 +86,8 @@ class Mixing(nn.Module):
         m, groups = len(self.space.a_bits), getattr(self, "groups", 1)
         if m == 1 or groups == 1:
             return out
+        if out.dim() == 4 and out.is_contiguous(memory_format=torch.channels_last) and not out.is_contiguous():
+            return out.movedim(1, 3).unflatten(3, (m, groups, -1)).transpose(3, 4).flatten(3, 5).movedim(3, 1)
         return out.unflatten(1, (m, groups, -1)).transpose(1, 2).flatten(1, 3)
 
     def filter_probabilities(self) -> Tensor:
@@ -81,13 +99,3 @@ class Mixing(nn.Module):
         table = p.new_zeros(p.size(0), len(self.space.w_bits) * len(self.space.a_bits))
         cell = torch.tensor([w * len(self.space.a_bits) + a for w, a in zip(self.picks, self.pair_groups)], device=p.device)
         return table.index_add(1, cell, p).unflatten(1, (len(self.space.w_bits), len(self.space.a_bits)))
-
-
-def _restart_quantizers(module: Mixing, incompatible: Any) -> None:
-    """After a float state_dict was loaded, start the ranges from the new weights and calibrate on the next training batch."""
-    if not module.weight_quantizer.loaded:
-        module.weight_quantizer.start(module.weight)
-        module.weight_quantizer.loaded = True
-    if not module.input_quantizer.loaded:
-        module.input_quantizer.calibrated = not module.input_quantizer.searched
-        module.input_quantizer.loaded = True

@@ -10,35 +10,35 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qprune.errors import SpaceError
-from qprune.nn.mixing import Mixing, check_input
+from qprune.nn.mixing import Mixing, QuantizedLayer, check_input
 from qprune.nn.surgery import plain, take_over
 from qprune.quantizers import InputQuantizer, Quantizer, WeightQuantizer
 from qprune.space import FLOAT, SearchSpace, check_bits
 
 
-class Quantizing(nn.Module):
+class Quantizing(QuantizedLayer):
     """Mixin of QuantConv2d and QuantLinear: y = layer(A(x), Q(W)) with one activation width and one weight width per filter.
 
     w_bits  tuple of one int per filter; filters of 0 bits have zero weight
     a_bits  int; 32 = the input stays as it is
     """
 
-    weight: Tensor
     one_hot: Tensor
     quantizer_names: dict[str, str]
-    layer_name: str = ""
 
     def setup_quantizing(
         self, w_bits: int | Sequence[int], a_bits: int, weight_quantizer: str, input_quantizer: str, scales: str, mixed: Any = None
     ) -> None:
         """Add quantizers for these bits; ranges come from `mixed`, the layer that was searched, where it is given."""
         filters, device = self.weight.size(0), self.weight.device
-        per_filter = (w_bits,) * filters if isinstance(w_bits, int) else tuple(w_bits)
+        per_filter = tuple(w_bits) if isinstance(w_bits, Sequence) else (w_bits,) * filters
         if len(per_filter) != filters:
             raise SpaceError(f"w_bits: expected one int or one per filter ({filters}), got {len(per_filter)}")
-        distinct = check_bits("w_bits", sorted(set(per_filter)))
-        (self.a_bits,) = check_bits("a_bits", a_bits)
-        self.w_bits = per_filter
+        if not isinstance(a_bits, int):
+            raise SpaceError(f"a_bits: expected one int, got {a_bits!r}")
+        distinct = tuple(sorted(check_bits("w_bits", tuple(dict.fromkeys(per_filter)))))
+        SearchSpace(distinct, (a_bits,), weight_quantizer=weight_quantizer, input_quantizer=input_quantizer, scales=scales)
+        self.w_bits, self.a_bits = per_filter, a_bits
         self.quantizer_names = {"weight_quantizer": weight_quantizer, "input_quantizer": input_quantizer, "scales": scales}
         rows = torch.tensor([distinct.index(b) for b in per_filter], device=device)
         self.register_buffer("one_hot", F.one_hot(rows, len(distinct)).to(torch.float32), persistent=False)
@@ -90,11 +90,11 @@ class QuantConv2d(Quantizing, nn.Conv2d):
         nn.Conv2d.__init__(self, *args, **layer)
         self.setup_quantizing(w_bits, a_bits, weight_quantizer, input_quantizer, scales)
 
-    def forward(self, x: Tensor) -> Tensor:
-        check_input(self, x, (3, 4), self.in_channels, -3)
-        quantized, weight = self.quantize(x if x.dim() == 4 else x.unsqueeze(0))
+    def forward(self, input: Tensor) -> Tensor:
+        check_input(self, input, (3, 4), self.in_channels, -3)
+        quantized, weight = self.quantize(input if input.dim() == 4 else input.unsqueeze(0))
         y = self._conv_forward(quantized, weight, self.bias)
-        return y if x.dim() == 4 else y.squeeze(0)
+        return y if input.dim() == 4 else y.squeeze(0)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + self.bits_repr()
@@ -116,10 +116,10 @@ class QuantLinear(Quantizing, nn.Linear):
         nn.Linear.__init__(self, *args, **layer)
         self.setup_quantizing(w_bits, a_bits, weight_quantizer, input_quantizer, scales)
 
-    def forward(self, x: Tensor) -> Tensor:
-        check_input(self, x, tuple(range(1, 9)), self.in_features, -1)
-        quantized, weight = self.quantize(x.reshape(-1, self.in_features))
-        return F.linear(quantized, weight, self.bias).reshape(*x.shape[:-1], self.out_features)
+    def forward(self, input: Tensor) -> Tensor:
+        check_input(self, input, tuple(range(1, 9)), self.in_features, -1)
+        quantized, weight = self.quantize(input.reshape(-1, self.in_features))
+        return F.linear(quantized, weight, self.bias).reshape(*input.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + self.bits_repr()
@@ -133,8 +133,6 @@ def fix_bits(layer: nn.Conv2d | nn.Linear, w_bits: int | Sequence[int], a_bits: 
     space = layer.space if isinstance(layer, Mixing) else space
 
     def setup(fixed: QuantConv2d | QuantLinear) -> None:
-        for name in ("space", "picks", "pair_groups"):
-            fixed.__dict__.pop(name, None)
         fixed.setup_quantizing(w_bits, a_bits, space.weight_quantizer, space.input_quantizer, space.scales, mixed)
 
     return take_over(cls, plain(layer), setup)

@@ -8,6 +8,8 @@ from typing import TypeVar
 from torch import nn
 
 Layer = TypeVar("Layer", bound=nn.Module)
+_MODULES = ("weight_gate", "input_gate", "weight_quantizer", "input_quantizer")
+_SETTINGS = ("space", "picks", "pair_groups", "layer_name", "w_bits", "a_bits", "quantizer_names")
 
 
 def take_over(cls: type[Layer], source: nn.Module, setup: Callable[[Layer], None]) -> Layer:
@@ -17,8 +19,9 @@ def take_over(cls: type[Layer], source: nn.Module, setup: Callable[[Layer], None
     """
     layer = cls.__new__(cls)
     nn.Module.__init__(layer)
+    registries = {name for name, value in layer.__dict__.items() if isinstance(value, dict | set)}
     for name, value in source.__dict__.items():
-        layer.__dict__[name] = value.copy() if isinstance(value, dict) else value
+        layer.__dict__[name] = value.copy() if name in registries else value
     setup(layer)
     return layer.train(source.training)
 
@@ -27,9 +30,11 @@ def plain(layer: nn.Module) -> nn.Module:
     """The nn.Conv2d or nn.Linear that a mixed or quantized layer extends, sharing its weight and bias; other layers as they are."""
 
     def strip(copy: nn.Module) -> None:
-        copy._modules.clear()
-        copy._buffers.clear()
-        copy._load_state_dict_post_hooks.clear()
+        for name in (*_MODULES, *_SETTINGS):
+            copy._modules.pop(name, None)
+            copy.__dict__.pop(name, None)
+        copy._buffers.pop("one_hot", None)
+        copy._non_persistent_buffers_set.discard("one_hot")
 
     for base in (nn.Conv2d, nn.Linear):
         if isinstance(layer, base) and type(layer) is not base and type(layer).__module__.startswith("qprune."):
