@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import logging
 from collections.abc import Callable, Iterable, Mapping
@@ -17,7 +16,7 @@ from qprune.geometry import ExampleInputs, Geometry, float_twin, run_observed, t
 from qprune.groups import channel_groups
 from qprune.nn.mixed import MixedActivation, MixedConv2d, MixedLinear
 from qprune.nn.mixing import Mixing
-from qprune.nn.surgery import plain, replace_modules
+from qprune.nn.surgery import copy_model, plain, replace_modules
 from qprune.policy import LayerBits
 from qprune.quantizers import InputQuantizer, Quantizer, sample_values
 from qprune.record import Record, attach, unwrap
@@ -43,7 +42,7 @@ def prepare(model: nn.Module, space: SearchSpace, rules: Rules | None = None, ex
     """
     if not isinstance(space, SearchSpace):
         raise RuleError(f"prepare: space must be a SearchSpace, got {type(space).__name__}")
-    prepared = copy.deepcopy(unwrap(model), _computed_attributes(unwrap(model)))
+    prepared = copy_model(unwrap(model))
     geometry = None
     if example_inputs is not None:
         geometry = Geometry(trace_geometry(prepared, example_inputs), channel_groups(prepared, example_inputs))
@@ -64,12 +63,6 @@ def prepare(model: nn.Module, space: SearchSpace, rules: Rules | None = None, ex
     if example_inputs is not None:
         _observe_inputs(prepared, [example_inputs], lambda name, quantizer, x: quantizer.observe_sign(x))
     return prepared
-
-
-def _computed_attributes(model: nn.Module) -> dict[int, Tensor]:
-    """Copies, for deepcopy, of what it refuses: results of autograd that modules hold, like the weight of torch.nn.utils.prune."""
-    held = [value for module in model.modules() for value in module.__dict__.values() if isinstance(value, Tensor)]
-    return {id(value): value.detach().clone() for value in held if not value.is_leaf}
 
 
 def _with_space(layer: nn.Module, space: SearchSpace | None) -> nn.Module:

@@ -156,8 +156,7 @@ def test_mode_and_repetition(name: str) -> None:
 def test_images(name: str) -> None:
     layer, x = LAYERS[name][0](), torch.randn(LAYERS[name][1])
     last = x.contiguous(memory_format=torch.channels_last)
-    y = layer(x)
-    z = layer(last)
+    y, z = layer(x), layer(last)
     torch.testing.assert_close(y, z)
     assert y.is_contiguous() and z.is_contiguous(memory_format=torch.channels_last)
     if name != "MixedActivation":

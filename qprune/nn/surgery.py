@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 Layer = TypeVar("Layer", bound=nn.Module)
 _MODULES = ("weight_gate", "input_gate", "weight_quantizer", "input_quantizer")
 _SETTINGS = ("space", "picks", "pair_groups", "layer_name", "w_bits", "a_bits", "quantizer_names")
+
+
+def copy_model(model: nn.Module) -> nn.Module:
+    """A deep copy, also where modules hold results of autograd, as torch.nn.utils.prune leaves them; copy.deepcopy refuses those."""
+    held = [value for module in model.modules() for value in module.__dict__.values() if isinstance(value, Tensor)]
+    return copy.deepcopy(model, {id(value): value.detach().clone() for value in held if not value.is_leaf})
 
 
 def take_over(cls: type[Layer], source: nn.Module, setup: Callable[[Layer], None]) -> Layer:
@@ -29,12 +36,12 @@ def take_over(cls: type[Layer], source: nn.Module, setup: Callable[[Layer], None
 def plain(layer: nn.Module) -> nn.Module:
     """The nn.Conv2d or nn.Linear that a mixed or quantized layer extends, sharing its weight and bias; other layers as they are."""
 
-    def strip(copy: nn.Module) -> None:
+    def strip(stripped: nn.Module) -> None:
         for name in (*_MODULES, *_SETTINGS):
-            copy._modules.pop(name, None)
-            copy.__dict__.pop(name, None)
-        copy._buffers.pop("one_hot", None)
-        copy._non_persistent_buffers_set.discard("one_hot")
+            stripped._modules.pop(name, None)
+            stripped.__dict__.pop(name, None)
+        stripped._buffers.pop("one_hot", None)
+        stripped._non_persistent_buffers_set.discard("one_hot")
 
     for base in (nn.Conv2d, nn.Linear):
         if isinstance(layer, base) and type(layer) is not base and type(layer).__module__.startswith("qprune."):
