@@ -1,0 +1,62 @@
+"""What a number depends on: processor or GPU, versions, threads, load, commit."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def describe(device: str) -> dict[str, Any]:
+    """The machine, for the header of the table and for JSON files."""
+    gpu = device == "cuda"
+    commit = _output("git", "rev-parse", "--short=12", "HEAD") or "unknown"
+    changed = _output("git", "status", "--porcelain", "--untracked-files=no", "--", "kernels", "qprune", "benchmarks/*.py")
+    return {
+        "device": torch.cuda.get_device_name() if gpu else f"{_processor()} ({torch.backends.cpu.get_cpu_capability()})",
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else "",
+        "cuda": torch.version.cuda if gpu else "",
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "commit": commit + (" with changes" if changed else ""),
+    }
+
+
+def headline(machine: dict[str, Any]) -> str:
+    """One line for the top of the table."""
+    gpu = f", driver {machine['driver']}, CUDA {machine['cuda']}" if machine["cuda"] else f", {machine['threads']} threads"
+    return f"{machine['device']}{gpu}, torch {machine['torch']}, Python {machine['python']}, commit {machine['commit']}, {machine['date']}"
