@@ -11,14 +11,14 @@ from qprune.cost import Cost, evaluate, policy_choices
 from qprune.errors import BudgetError, SpaceError
 from qprune.geometry import Geometry
 from qprune.policy import LayerBits, Policy
-from qprune.space import check_bits
+from qprune.space import PRUNED, check_bits
 
 Amount = float | int | str
 MEASURES = {"bops": "bops", "size": "size_bits", "macs": "macs"}
 """Name in a Budget → attribute of a Cost."""
 
-_UNIFORM = re.compile(r"w(\d+)a(\d+)")
-_NUMBER = re.compile(r"([0-9.]+(?:e[+-]?\d+)?)\s*([kMGT]?)(B?)", re.IGNORECASE)
+_UNIFORM = re.compile(r"w(\d+)a(\d+)", re.IGNORECASE)
+_NUMBER = re.compile(r"([0-9.]+(?:[eE][+-]?\d+)?)\s*([kKmMgGtT]?)(B?)")
 _SCALE = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 
 
@@ -29,9 +29,8 @@ class Budget:
     bops  bit operations per sample     size  bits of all weights     macs  multiplications per sample
 
     Each is an absolute number (1.5e9, "1.5G"; for size also bytes, "300kB"), a share of the float network ("2%"), or a uniform network
-    ("w4a4":
-    what the network costs with 4-bit weights and activations, layers that are fixed keeping their bits). Raises BudgetError for anything
-    else.
+    ("w4a4": what the network costs with 4-bit weights and activations, layers that are fixed keeping their bits). Raises BudgetError for
+    anything else.
     """
 
     bops: Amount | None = None
@@ -56,6 +55,8 @@ class Budget:
         unknown = set(values) - set(MEASURES)
         if unknown:
             raise BudgetError(f"budget: unknown measure {sorted(unknown)[0]!r}; expected one of {', '.join(MEASURES)}")
+        if len(values) < len(parts):
+            raise BudgetError(f"budget: {text!r} limits one measure twice")
         return cls(**values)
 
     def limits(
@@ -98,6 +99,8 @@ def _parse(name: str, amount: Amount) -> tuple[str, float | tuple[int, int]]:
                 check_bits("w", w), check_bits("a", a)
             except SpaceError as error:
                 raise BudgetError(f"Budget: {name}={amount!r}: {error}") from None
+            if PRUNED in (w, a):
+                raise BudgetError(f"Budget: {name}={amount!r} is a network without weights or activations; give a w and an a above 0")
             return "uniform", (w, a)
         number = _NUMBER.fullmatch(text.removesuffix("%").strip())
         try:

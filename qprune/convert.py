@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from qprune.errors import PolicyMismatchError
-from qprune.geometry import Geometry, weighted_layers
+from qprune.geometry import Geometry, describe, weighted_layers
 from qprune.nn.mixing import Mixing
 from qprune.nn.quant import fix_bits
 from qprune.nn.surgery import plain, replace_modules
 from qprune.policy import LayerBits, Policy
-from qprune.record import attach, record_of, unwrap
+from qprune.record import Record, attach, record_of, unwrap
 from qprune.space import PRUNED, SearchSpace
 
 
@@ -32,13 +32,15 @@ def convert(model: nn.Module, policy: Policy, space: SearchSpace | Mapping[str, 
     if geometry is not None:
         policy.check(geometry)
         check_survivors(policy, geometry)
-    elif policy.geometry is not None:
-        check_survivors(policy, policy.geometry)
     final = copy.deepcopy(unwrap(model))
     layers = dict(weighted_layers(final))
     for name in policy.layers:
         if name not in layers:
             raise PolicyMismatchError(f"the policy names layer {name!r}, which this network does not have")
+    if geometry is None and policy.geometry is not None:
+        _check_layers(layers, policy.geometry)
+        check_survivors(policy, policy.geometry)
+        record = Record(policy.geometry)
     swaps, default = {}, SearchSpace()
     for name, layer in layers.items():
         if name not in policy.layers:
@@ -72,19 +74,52 @@ def _fix(name: str, layer: nn.Module, bits: LayerBits, space: SearchSpace) -> nn
     return fixed
 
 
+def _check_layers(layers: Mapping[str, nn.Module], geometry: Geometry) -> None:
+    """Raise PolicyMismatchError unless the layers have the shapes of `geometry`."""
+    for name, layer in geometry.layers.items():
+        if name not in layers:
+            raise PolicyMismatchError(f"the policy was made for another network: one with a layer {name!r}")
+        here = describe(name, layers[name], layer.positions)
+        if here != layer:
+            raise PolicyMismatchError(f"the policy was made for another network: layer {name} was {layer}, here it is {here}")
+
+
 def check_survivors(policy: Policy, geometry: Geometry) -> None:
     """Raise PolicyMismatchError if a layer passes nothing on (all filters, or its input, at 0 bits) and nothing passes around it."""
-    for name, bits in policy.layers.items():
-        if name in geometry.layers and (set(bits.per_filter(1)) == {PRUNED} or bits.a_bits == PRUNED) and not has_bypass(geometry, name):
+    for name in policy.layers:
+        if name in geometry.layers and not has_bypass(geometry, name) and not _alive(policy, geometry, name):
             raise PolicyMismatchError(
                 f"layer {name}: all its filters are at 0 bits and no residual path carries the signal around it; keep at least one filter"
             )
 
 
+def survives(layers: Mapping[str, LayerBits], geometry: Geometry) -> bool:
+    """True if `check_survivors` passes."""
+    policy = Policy(layers)
+    return all(_alive(policy, geometry, name) or has_bypass(geometry, name) for name in layers if name in geometry.layers)
+
+
+def _alive(policy: Policy, geometry: Geometry, name: str) -> bool:
+    """True if a filter has bits, and the input too; for a depthwise layer, a filter whose own input channel somebody produces."""
+    if policy.bits(name).a_bits == PRUNED:
+        return False
+    alive = [b != PRUNED for b in policy.bits(name).per_filter(geometry.layers[name].filters)]
+    if geometry.layers[name].depthwise:
+        order = list(geometry.layers)
+        earlier = set(order[: order.index(name)])
+        for group in (group for group in geometry.groups if name in group.producers and earlier & group.producers.keys()):
+            sources = {other: policy.bits(other).per_filter(geometry.layers[other].filters) for other in earlier & group.producers.keys()}
+            for r, own in enumerate(group.producers[name]):
+                alive[own] &= any(bits[group.producers[other][r]] != PRUNED for other, bits in sources.items())
+    return any(alive)
+
+
 def has_bypass(geometry: Geometry, name: str) -> bool:
-    """True if a residual addition gives every channel of the layer's output another source (a depthwise layer in series is none)."""
+    """True if every channel of the layer's output has another source that comes first: the residual path that it is added to.
+
+    The first layer of a residual stage has none, and a depthwise layer in series passes on what came in, or nothing.
+    """
+    order = list(geometry.layers)
+    earlier = {other for other in order[: order.index(name)] if not geometry.layers[other].depthwise}
     groups = [group for group in geometry.groups if name in group.producers]
-    return bool(groups) and all(
-        any(other != name and geometry.layers[other].inputs > 1 for other in group.producers) and geometry.layers[name].inputs > 1
-        for group in groups
-    )
+    return bool(groups) and not geometry.layers[name].depthwise and all(earlier & group.producers.keys() for group in groups)

@@ -33,6 +33,9 @@ class Choice:
         return self.p[:, rows].sum((1, 2))
 
 
+FLOAT_CHOICE = Choice((FLOAT,), (FLOAT,), torch.ones(1, 1, 1, dtype=torch.float64))
+
+
 @dataclass(frozen=True)
 class LayerCost:
     """One layer's part of a Cost; w_bits and a_bits are means over filters and candidates."""
@@ -73,7 +76,8 @@ def cost(
 
     example_inputs  needed for a model that was not prepared with them
     convention      "product": MACs · b_w · b_a, float counting 32 (default); "zur" and "uniq": see qprune.conventions
-    policy          with a model: the cost that the model would have with this policy
+    policy          with a model: the cost that the model would have with this policy (a policy made for a prepared model knows its
+                    channel groups; a float model alone does not)
 
     Multiplications are those of convolutions and linear layers. An input channel is counted as gone when every filter that produces it is
     at 0 bits. Raises InputError if the geometry is unknown, PolicyMismatchError if policy and model do not fit.
@@ -88,6 +92,8 @@ def cost(
         geometry = geometry_of(model_or_policy, example_inputs)
     if policy is not None:
         policy.check(geometry)
+        if not geometry.groups and policy.geometry is not None:
+            geometry = policy.geometry
         return evaluate(geometry, policy_choices(geometry, policy), CONVENTIONS[convention])
     assert isinstance(model_or_policy, nn.Module)
     return evaluate(geometry, model_choices(unwrap(model_or_policy)), CONVENTIONS[convention])
@@ -129,11 +135,13 @@ def policy_choices(geometry: Geometry, policy: Policy) -> dict[str, Choice]:
 
 
 def kept_inputs(geometry: Geometry, pruned: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """For every layer that reads prunable channels: the probability [C] that each input channel is still there.
+    """For every layer that reads prunable channels: the expected number of input channels that are still there for a filter that is not
+    pruned itself, one per convolution group, or one per filter.
 
     pruned  probability of 0 bits per filter, [F] or [1], of the layers that have that candidate
     """
     kept: dict[str, Tensor] = {}
+    own: dict[str, Tensor] = {}
     for group in geometry.groups:
         if not group.consumers or any(name not in pruned for name in group.producers):
             continue
@@ -142,19 +150,26 @@ def kept_inputs(geometry: Geometry, pruned: Mapping[str, Tensor]) -> dict[str, T
             p = pruned[name]
             gone = gone * (p[list(filters)] if p.numel() > 1 else p.expand(group.size))
         for name, pairs in group.consumers.items():
-            channels = geometry.layers[name].channels
+            layer, produced = geometry.layers[name], group.producers.get(name)
+            if produced is not None and pruned[name].numel() == 1:
+                continue  # all its filters produce these channels: while one is there, all are
             index = torch.tensor([i for i, _ in pairs], device=gone.device)
             source = gone[[r for _, r in pairs]]
-            kept[name] = kept.get(name, torch.ones(channels, dtype=source.dtype, device=gone.device)).index_add(0, index, -source)
-    return kept
+            kept[name] = kept.get(name, source.new_ones(layer.channels)).index_add(0, index, -source)
+            if produced is not None:  # while a filter is there, so is the channel that it produces
+                row = torch.tensor([produced[r] for _, r in pairs], device=gone.device)
+                sees = row // (layer.filters // layer.groups) == index // layer.inputs
+                own[name] = own.get(name, source.new_zeros(layer.filters)).index_add(0, row, source * sees)
+    counts = {name: channels.view(geometry.layers[name].groups, -1).sum(1) for name, channels in kept.items()}
+    spread = {name: counts[name].repeat_interleave(len(more) // len(counts[name])) + more for name, more in own.items()}
+    return counts | spread
 
 
 def evaluate(geometry: Geometry, choices: Mapping[str, Choice], convention: Convention) -> Cost:
     """The expected cost of independent layer choices: exact for one-hot ones."""
     pruned = {name: choice.pruned() for name, choice in choices.items() if PRUNED in choice.w_bits and name in geometry.layers}
     kept = kept_inputs(geometry, pruned)
-    float_choice = Choice((FLOAT,), (FLOAT,), torch.ones(1, 1, 1, dtype=torch.float64))
-    rows = [layer_cost(layer, choices.get(name, float_choice), kept.get(name), convention) for name, layer in geometry.layers.items()]
+    rows = [layer_cost(layer, choices.get(name, FLOAT_CHOICE), kept.get(name), convention) for name, layer in geometry.layers.items()]
     if not rows:
         raise BudgetError("the network has no convolution or linear layer: there is nothing to cost")
     bops, macs, size = (torch.stack([getattr(row, field) for row in rows]).sum() for field in ("bops", "macs", "size_bits"))
@@ -163,19 +178,16 @@ def evaluate(geometry: Geometry, choices: Mapping[str, Choice], convention: Conv
 
 
 def layer_cost(layer: LayerGeometry, choice: Choice, kept: Tensor | None, convention: Convention) -> LayerCost:
-    """One layer's expected cost; kept [C] = how much of each input channel is there (None: all)."""
+    """One layer's expected cost; kept = the input channels that are there, per convolution group or per filter (None: all)."""
     p, device = choice.p, choice.p.device
     w = torch.tensor(choice.w_bits, dtype=torch.float64, device=device).view(1, -1, 1)
     a = torch.tensor(choice.a_bits, dtype=torch.float64, device=device).view(1, 1, -1)
     if kept is None:
-        inputs = torch.tensor([float(layer.inputs)], dtype=torch.float64, device=device)
-        mass = p.sum(0, keepdim=True) * (layer.filters / p.size(0))
-    else:
-        inputs = kept.double().view(layer.groups, layer.inputs).sum(1)
-        per_group = layer.filters // layer.groups
-        mass = p.view(layer.groups, per_group, *p.shape[1:]).sum(1) if p.size(0) > 1 else p * per_group
+        kept = torch.tensor([float(layer.inputs)], dtype=torch.float64, device=device)
+    inputs = kept.double().view(-1, 1, 1)
+    sharing = layer.filters // len(inputs)
+    mass = p.view(len(inputs), sharing, *p.shape[1:]).sum(1) if p.size(0) > 1 else p * sharing
     alive = (w > 0) & (a > 0)
-    inputs = inputs.view(-1, 1, 1)
     unit = convention(layer, w, a, inputs)
     bops = layer.positions * (mass * torch.where(alive, unit, 0.0)).sum()
     weights = mass * inputs * layer.kernel

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from qprune.errors import InputError
 
@@ -47,6 +48,11 @@ class LayerGeometry:
     @property
     def channels(self) -> int:
         return self.inputs * self.groups
+
+    @property
+    def depthwise(self) -> bool:
+        """Every filter sees one channel of its own: what it produces is what came in, or nothing."""
+        return self.groups > 1 and self.inputs == 1
 
 
 @dataclass(frozen=True)
@@ -113,10 +119,10 @@ def weighted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _describe(name: str, layer: nn.Module, positions: int) -> LayerGeometry:
+def describe(name: str, layer: nn.Module, positions: int) -> LayerGeometry:
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    kernel = weight[0, 0].numel()
+    kernel = weight.shape[2:].numel()
     kind = type(layer).__name__.removeprefix("Mixed").removeprefix("Quant")
     groups = layer.groups if isinstance(layer, nn.modules.conv._ConvNd) else 1
     return LayerGeometry(name, kind, weight.size(0), weight.size(1), kernel, groups, positions)
@@ -156,15 +162,30 @@ def trace_geometry(model: nn.Module, example_inputs: ExampleInputs) -> dict[str,
     called are left out. Nothing of the model changes."""
     positions: dict[str, int] = {}
     layers = dict(weighted_layers(model))
+    batch = _batch_size(example_inputs)
 
     def record(name: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
+        nonlocal batch
         spread = x if getattr(layer, "transposed", False) else y
-        batch = x.size(0) if x.dim() > 1 else 1
-        per_sample = spread.numel() // (spread.size(-1 if isinstance(layer, nn.Linear) else 1) * batch) if spread.numel() else 0
-        positions[name] = positions.get(name, 0) + per_sample
+        axis = channel_axis(layer)
+        if x.dim() < 1 - axis:
+            batch = 1  # a convolution of [C, …], or a linear layer of [F]: the example is one sample
+        positions[name] = positions.get(name, 0) + (spread.numel() // spread.size(axis) if spread.numel() else 0)
 
     run_observed(model, [example_inputs], record)
-    return {name: _describe(name, layers[name], count) for name, count in positions.items()}
+    return {name: describe(name, layers[name], -(-count // batch)) for name, count in positions.items()}
+
+
+def channel_axis(layer: nn.Module) -> int:
+    """The dimension of channels, or features, in the input and output of a weighted layer, counted from the end."""
+    return -1 - len(layer.kernel_size) if isinstance(layer, nn.modules.conv._ConvNd) else -1
+
+
+def _batch_size(example_inputs: ExampleInputs) -> int:
+    """The leading dimension of the first tensor of the example; 1 if that has one dimension only."""
+    values = tree_leaves(dict(example_inputs) if isinstance(example_inputs, Mapping) else example_inputs)
+    first = next((value for value in values if isinstance(value, Tensor)), None)
+    return max(first.size(0), 1) if first is not None and first.dim() > 1 else 1
 
 
 def float_twin(model: nn.Module) -> nn.Module:

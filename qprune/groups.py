@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from qprune.geometry import ChannelGroup, ExampleInputs, float_twin, weighted_layers
+from qprune.geometry import ChannelGroup, ExampleInputs, float_twin, run, weighted_layers
+from qprune.probe import Probe, confirmed
+from qprune.record import unwrap
 
 log = logging.getLogger("qprune")
 
@@ -17,16 +19,17 @@ def channel_groups(model: nn.Module, example_inputs: ExampleInputs) -> tuple[Cha
     """The channel groups of a network (see ChannelGroup), or none, with one log line, where it cannot be traced.
 
     The graph follows gradients through one call with example_inputs on a float copy with every parameter trainable: a frozen parameter
-    would hide its layer. Channels whose way to a consumer is ambiguous are left out, so that no cost counts them as removable.
+    would hide its layer. What it claims is then checked with gradients (see qprune.probe); channels whose way to a consumer is ambiguous
+    are left out, so that no cost counts them as removable.
     """
     import torch_pruning
 
-    twin = float_twin(model).eval().requires_grad_(True)
-    inputs = example_inputs if isinstance(example_inputs, torch.Tensor | dict) else tuple(example_inputs)
+    twin = float_twin(unwrap(model)).eval().requires_grad_(True)
     try:
         with torch.enable_grad():
-            graph = torch_pruning.DependencyGraph().build_dependency(twin, inputs)
-            return _collect(twin, graph)
+            graph = torch_pruning.DependencyGraph().build_dependency(twin, example_inputs, forward_fn=run)
+            groups = _collect(twin, graph)
+            return confirmed(groups, Probe(twin, example_inputs))
     except Exception as error:  # whatever an unknown network makes the tracer raise, search goes on without groups
         log.warning("qprune: no channel groups (%s: %s); pruned filters save their own cost only", type(error).__name__, error)
         return ()

@@ -28,14 +28,15 @@ class LayerBits:
 
 
 def _layer_bits(name: str, value: Any) -> LayerBits:
-    if isinstance(value, LayerBits):
-        return value
     try:
-        w, a = (value["w_bits"], value["a_bits"]) if isinstance(value, Mapping) else value
+        if isinstance(value, LayerBits):
+            w, a = value.w_bits, value.a_bits
+        else:
+            w, a = (value["w_bits"], value["a_bits"]) if isinstance(value, Mapping) else value
     except (KeyError, TypeError, ValueError):
         raise PolicyMismatchError(f"layer {name}: expected w_bits and a_bits, got {value!r}") from None
     try:
-        check_bits("a_bits", a)
+        check_bits("a_bits", (a,))
         check_bits("w_bits", w if isinstance(w, int) else sorted(set(w)))
     except (SpaceError, TypeError) as error:
         raise PolicyMismatchError(f"layer {name}: {error}") from None
@@ -104,12 +105,21 @@ class Policy:
         """Read `to_json`'s text. Raises CheckpointError for anything else, and for a newer format."""
         try:
             data = json.loads(text)
-            version, layers = data["format"], data["layers"]
+            version = data["format"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise CheckpointError(f"not a policy file: {type(error).__name__}: {error}") from None
         if version != FORMAT:
             raise CheckpointError(f"the policy has format {version}; this version of qprune reads format {FORMAT}")
-        return cls(layers, Geometry.from_json(data["geometry"]) if data.get("geometry") else None)
+        try:
+            geometry = Geometry.from_json(data["geometry"]) if data.get("geometry") else None
+            layers = dict(data["layers"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"the policy is damaged: {type(error).__name__}: {error}") from None
+        if geometry is not None and geometry.fingerprint != data.get("fingerprint"):
+            raise CheckpointError(
+                f"the policy is damaged: its geometry has fingerprint {geometry.fingerprint}, it says {data.get('fingerprint')}"
+            )
+        return cls(layers, geometry)
 
     def save(self, path: str | Path) -> None:
         write_atomically(Path(path), self.to_json().encode())

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from torch import nn
 
 from qprune.budget import Budget
-from qprune.convert import has_bypass
+from qprune.convert import has_bypass, survives
 from qprune.cost import geometry_of
 from qprune.errors import InfeasibleBudgetError
+from qprune.gates import gates
 from qprune.geometry import weighted_layers
 from qprune.nn.mixing import Mixing
 from qprune.policy import LayerBits, Policy
 from qprune.record import record_of, unwrap
 from qprune.search.knapsack import Choices, solve
-from qprune.search.tables import LayerTable, Pricing
-from qprune.space import PRUNED, SearchSpace
+from qprune.search.tables import LayerTable, Move, Pricing
+from qprune.space import BITS, FLOAT, PRUNED, SearchSpace
 
 _POINTS = 24
-_ROUNDS = 6
+_ROUNDS = 8
+_TINY = 1e-300
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class LayerScores:
 
     weight  [F, K_w] per filter, or [1, K_w] for one choice per layer
     input   [K_a]
-    pair    bonus per pair [K_w, K_a] added for every row, −inf where a pair is no candidate; or None
+    pair    bonus per pair added for every row, [K_w, K_a] or [F, K_w, K_a], −inf where a pair is no candidate; or None
     """
 
     space: SearchSpace
@@ -41,34 +43,56 @@ class LayerScores:
 
 
 def gate_scores(model: nn.Module) -> dict[str, LayerScores]:
-    """The logarithms of the gates' probabilities: the total is the log-likelihood of the policy."""
+    """The logarithms of the gates' probabilities, without the noise of sampling: the total is the log-likelihood of the policy."""
     scores = {}
-    for name, layer in weighted_layers(unwrap(model)):
-        if isinstance(layer, Mixing):
-            p = layer.filter_probabilities().detach().double().cpu().numpy()
-            with np.errstate(divide="ignore"):
+    with _without_noise(model):
+        for name, layer in weighted_layers(unwrap(model)):
+            if isinstance(layer, Mixing):
+                p = layer.filter_probabilities().detach().double().cpu().numpy()
+                space, log_p = layer.space, np.log(np.maximum(p, _TINY))
                 if layer.input_gate is not None:
-                    scores[name] = LayerScores(layer.space, np.log(p.sum(2)), np.log(p.sum((0, 1)) / len(p)))
-                else:
-                    allowed = np.where(p.max(0) > 0, 0.0, -np.inf)
                     weight, share = p.sum(2), p.sum((0, 1)) / len(p)
-                    scores[name] = LayerScores(layer.space, np.log(weight), np.log(share), allowed)
+                    scores[name] = LayerScores(space, np.log(np.maximum(weight, _TINY)), np.log(np.maximum(share, _TINY)))
+                else:
+                    candidates = [[(w, a) in space.candidates for a in space.a_bits] for w in space.w_bits]
+                    pair = np.where(candidates, log_p, -np.inf)
+                    scores[name] = LayerScores(space, np.zeros(p.shape[:2]), np.zeros(p.shape[2]), pair)
     return scores
 
 
-def allocate(model: nn.Module, budget: Budget, scores: Mapping[str, LayerScores] | None = None, convention: str = "product") -> Policy:
+@contextlib.contextmanager
+def _without_noise(model: nn.Module) -> Iterator[None]:
+    before = [(gate, gate.mode, gate.noise.clone()) for _, gate in gates(unwrap(model))]
+    try:
+        for gate, mode, _ in before:
+            gate.mode = "relaxed" if mode == "sampled" else mode
+            gate.noise.zero_()
+        yield
+    finally:
+        for gate, mode, noise in before:
+            gate.mode = mode
+            gate.noise.copy_(noise)
+
+
+def allocate(
+    model: nn.Module,
+    budget: Budget,
+    scores: Mapping[str, LayerScores] | None = None,
+    convention: str = "product",
+    spend: bool = False,
+) -> Policy:
     """The policy of highest total score whose exact cost is within the budget.
 
     model   prepared with example_inputs
     scores  per mixed layer; default: the log-probabilities of its gates
+    spend   True: spend what then remains of the budget on more bits even where the score falls, least loss per cost first. Gates learn
+            under the price of the budget's multiplier, so their likelihood undervalues bits once the allocation enforces the budget itself
 
     Layers choose from the frontier of their own configurations (all of them at layer level; at filter level, for every activation width,
-    the
-    filters' best widths at a series of prices per cost), by a mixed-integer programme over all layers and all limits. Pruned filters make
-    their consumers cheaper, which the programme does not see: it is solved again at the prices of the last solution while that improves the
-    score. What
-    is left of the budget is then spent greedily on single filters. Raises InfeasibleBudgetError, with the cheapest possible cost, if no
-    policy fits.
+    the filters' best widths at a series of prices per cost), by a mixed-integer programme over all layers and all limits. Pruned filters
+    make their consumers cheaper, which the programme does not see: it is solved again at the prices of the last solution while that
+    improves the score. What is left of the budget is then spent greedily, on single filters and activations. Raises
+    InfeasibleBudgetError, with the cheapest possible cost, if no policy fits.
     """
     geometry = geometry_of(model)
     record = record_of(model)
@@ -80,79 +104,102 @@ def allocate(model: nn.Module, budget: Budget, scores: Mapping[str, LayerScores]
         if name in geometry.layers
     ]
     pricing = Pricing(geometry, fixed, limits, convention, tables)
-    cheapest = _cheapest(tables, pricing)
-    if not pricing.fits(cheapest):
-        measure, value = max(pricing.totals(cheapest).items(), key=lambda item: item[1] / limits[item[0]])
-        raise InfeasibleBudgetError(
-            f"no policy meets the budget: {measure} is limited to {limits[measure]:.6g}, the cheapest policy needs {value:.6g}; "
-            "raise the budget or add cheaper candidates",
-            value,
-            limits[measure],
-        )
-    best = _improve(cheapest, tables, pricing)
-    for layers in _rounds(tables, pricing, cheapest):
-        layers = _improve(layers, tables, pricing)
-        if _score(layers, tables) > _score(best, tables):
-            best = layers
+    found = [_improve(layers, tables, pricing) for layers in _rounds(tables, pricing)]
+    if not found:
+        raise _infeasible(tables, pricing)
+    best = max(found, key=lambda layers: _score(layers, tables))
+    for bits in (max(b for b in BITS if b != FLOAT), FLOAT) if spend else ():
+        best = _improve(best, tables, pricing, bits)
     return Policy({**{n: b for n, b in fixed.items() if b is not None}, **best}, geometry)
 
 
 Layers = dict[str, LayerBits]
 
 
-def _cheapest(tables: list[LayerTable], pricing: Pricing) -> Layers:
-    """Every layer at its cheapest: no policy costs less, as each layer's cost falls with its own bits and with its producers' filters."""
+def _cheapest(tables: list[LayerTable], pricing: Pricing, scale: np.ndarray) -> Layers:
+    """Every layer at its cheapest: each layer's cost falls with its own bits and with its producers' filters."""
     prices = pricing.prices({})
-    return {t.layer.name: t.bits(*t.cheapest(prices[t.layer.name], pricing.scale)) for t in tables}
+    return {t.layer.name: t.bits(*t.cheapest(prices[t.layer.name], scale)) for t in tables}
 
 
-def _rounds(tables: list[LayerTable], pricing: Pricing, cheapest: Layers) -> list[Layers]:
-    """Solutions of the programme at the prices of: nothing pruned, the solution before, …; and of the cheapest policy. Those that fit."""
-    found: list[Layers] = []
+def _infeasible(tables: list[LayerTable], pricing: Pricing) -> InfeasibleBudgetError:
+    """Names the limit that the cheapest policy, by that limit alone, misses most."""
+    least = {}
+    for number, measure in enumerate(pricing.limits):
+        only = np.zeros(len(pricing.limits))
+        only[number] = 1.0
+        least[measure] = pricing.totals(_cheapest(tables, pricing, only))[measure]
+    measure = max(least, key=lambda name: least[name] / max(pricing.limits[name], 1e-300))
+    value, limit = least[measure], pricing.limits[measure]
+    if value > limit:
+        what = f"{measure} is limited to {limit:.6g}, the cheapest policy needs {value:.6g}"
+    else:
+        what = "each of its limits can be met, but not all at once: " + ", ".join(
+            f"{name} {pricing.limits[name]:.6g} (at least {least[name]:.6g})" for name in least
+        )
+    return InfeasibleBudgetError(f"no policy meets the budget: {what}; raise the budget or add cheaper candidates", value, limit)
+
+
+def _rounds(tables: list[LayerTable], pricing: Pricing) -> list[Layers]:
+    """The cheapest policy, and the programme's solutions at the prices of: nothing pruned, the solution before, …; and of the cheapest
+    policy. Those that fit."""
+    cheapest = _cheapest(tables, pricing, pricing.scale)
+    found: list[Layers] = [cheapest] if pricing.fits(cheapest) else []
     for start in ({}, cheapest):
-        layers: Layers | None = start
-        for _ in range(_ROUNDS if any(PRUNED in t.space.w_bits for t in tables) else 1):
-            previous = layers
-            assert layers is not None
-            layers = _solve(tables, pricing, layers)
-            if layers is None or layers == previous:
+        layers, tight = start, np.ones(len(pricing.limits))
+        for number in range(_ROUNDS if any(PRUNED in t.space.w_bits for t in tables) else 1):
+            solution = _solve(tables, pricing, layers, tight)
+            if solution is None or solution == layers:
                 break
-            if pricing.fits(layers):
+            layers = solution
+            used = np.array(list(pricing.totals(layers).values())) * pricing.scale
+            tight = 1 / np.maximum(used, 1) if number > 1 else tight  # it goes round in circles: ask for less the next time
+            if pricing.fits(layers) and survives(layers, pricing.geometry):
                 found.append(layers)
     return found
 
 
-def _solve(tables: list[LayerTable], pricing: Pricing, at: Layers) -> Layers | None:
-    """The programme's solution at the prices that hold when the layers are as in `at` ({}: nothing pruned)."""
-    prices, room = pricing.prices(at), np.array(list(pricing.limits.values())) - pricing.rest(at)
+def _solve(tables: list[LayerTable], pricing: Pricing, at: Layers, tight: np.ndarray) -> Layers | None:
+    """The programme's solution at the prices that hold when the layers are as in `at` ({}: nothing pruned), with limits scaled by
+    `tight`."""
+    prices, room = pricing.prices(at), tight * np.array(list(pricing.limits.values())) - pricing.rest(at)
+    credits = pricing.credits(at) if at else {}
     options, bits = [], []
     for table in tables:
-        frontier = table.frontier(prices[table.layer.name], pricing.scale, _POINTS)
+        price, name = prices[table.layer.name], table.layer.name
+        if at:
+            credit = credits[name] if len(table.value) > 1 else credits[name].sum(0, keepdims=True)
+            rows, _ = table.read(at[name])
+            price = price + credit[:, None, None, :] * ~table.pruned[:, None, None]
+            room = room + (credit * ~table.pruned[rows][:, None]).sum(0)
+        frontier = table.frontier(price, pricing.scale, _POINTS)
         options.append(Choices(np.array([p.score for p in frontier]), np.stack([p.cost for p in frontier])))
         bits.append([table.bits(p.rows, p.activation) for p in frontier])
     picks = solve(options, room)
     return None if picks is None else {t.layer.name: bits[i][pick] for i, (t, pick) in enumerate(zip(tables, picks, strict=True))}
 
 
-def _improve(layers: Layers, tables: list[LayerTable], pricing: Pricing) -> Layers:
-    """Spend what is left: the filter whose better width gains most score per cost, again and again; pruned filters stay pruned."""
-    prices = pricing.prices(layers)
-    left = pricing.left(layers)
-    state = {t.layer.name: t.read(layers[t.layer.name]) for t in tables}
-    moves = {t.layer.name: t.best_move(*state[t.layer.name], prices[t.layer.name], left, pricing.scale) for t in tables}
-    by_name = {t.layer.name: t for t in tables}
-    for _ in itertools.count():
-        name = max(moves, key=lambda n: moves[n].gain if moves[n] is not None else -np.inf, default=None)  # type: ignore[union-attr]
-        move = moves[name] if name is not None else None
-        if name is None or move is None:
-            break
-        if (move.cost > left + 1e-9 * np.abs(left)).any():
-            moves[name] = by_name[name].best_move(*state[name], prices[name], left, pricing.scale)
-            continue
-        left = left - move.cost
-        state[name][0][move.row] = move.weight
-        moves[name] = by_name[name].best_move(*state[name], prices[name], left, pricing.scale)
-    return {name: by_name[name].bits(*rows) for name, rows in state.items()}
+def _improve(layers: Layers, tables: list[LayerTable], pricing: Pricing, raised: int | None = None) -> Layers:
+    """Spend what is left: the move that gains most score per cost, again and again; with `raised`, on moves that raise bits to at most
+    that, whatever the score. Pruned filters stay pruned."""
+    by_name, prices, left = {t.layer.name: t for t in tables}, pricing.prices(layers), pricing.left(layers)
+    state = {name: t.read(layers[name]) for name, t in by_name.items()}
+
+    def best_move(name: str) -> Move | None:
+        return by_name[name].best_move(*state[name], prices[name], left, pricing.scale, raised)
+
+    moves = {name: best_move(name) for name in by_name}
+    while any(moves.values()):
+        name, move = max(((n, m) for n, m in moves.items() if m is not None), key=lambda pair: pair[1].gain)
+        if (move.cost <= left).all():
+            left = left - move.cost
+            rows, _ = state[name]
+            if move.row >= 0:
+                rows[move.row] = move.weight
+            state[name] = rows, move.activation
+        moves[name] = best_move(name)
+    improved = {name: by_name[name].bits(*chosen) for name, chosen in state.items()}
+    return improved if pricing.fits(improved) else layers
 
 
 def _score(layers: Layers, tables: list[LayerTable]) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qprune.budget import Budget
 from qprune.cost import geometry_of, model_choices
 from qprune.errors import InputError, QPruneError
-from qprune.gates import gates
+from qprune.gates import gates, set_gates
 from qprune.geometry import ExampleInputs
 from qprune.policy import Policy
 from qprune.record import Record, attach, record_of, unwrap
@@ -40,6 +40,7 @@ class Search:
     method          "edmips" or "darts"
     steps           number of steps planned: weights and quantizers then cool down along a half cosine. None: constant learning rates
     weight_lr, arch_lr, quantizer_lr, weight_decay, momentum    SGD for weights, Adam for gates and for ranges
+    final_temperature  with `steps`: the gates' softmax temperature falls from 1 to this, so that the mixture approaches one candidate
     dual_rate, rho  of the budget's Lagrangian (see qprune.search.constraint)
     convention      how bit operations are counted (see qprune.cost)
     example_inputs  for a model that was not prepared with them
@@ -60,6 +61,7 @@ class Search:
         quantizer_lr: float = 2e-3,
         weight_decay: float = 5e-4,
         momentum: float = 0.9,
+        final_temperature: float = 0.3,
         dual_rate: float = 0.02,
         rho: float = 1.0,
         convention: str = "product",
@@ -79,12 +81,15 @@ class Search:
         constraint = Constraint(self.limits, dual_rate, rho)
         optimizers = Optimizers(model, weight_lr, arch_lr, quantizer_lr, weight_decay, momentum, steps)
         self.method = METHODS[method](model, constraint, optimizers, convention, **method_options)
+        self.steps, self.final_temperature = steps, final_temperature
         self.history: list[dict[str, Any]] = []
 
     def step(self, closure: Closure, arch_closure: Closure | None = None) -> StepResult:
         """One step on closure(model) → loss, without the budget's term. "darts" takes a second closure on other data for the gates; without
         it, calls alternate between weights and gates. Raises NonFiniteError, leaving the parameters as they were, for a NaN or infinite
         loss."""
+        if self.steps:
+            set_gates(self.model, temperature=self.final_temperature ** min(self.method.steps / self.steps, 1.0))
         return self.method.step(closure, arch_closure)
 
     def fit(
@@ -152,8 +157,9 @@ class Search:
         }
 
     def policy(self) -> Policy:
-        """The likeliest policy within the budget (see `allocate`). Raises InfeasibleBudgetError if none fits."""
-        return allocate(self.model, self.budget, convention=self.convention)
+        """The likeliest policy within the budget, with what is left of the budget spent on more bits (see `allocate`). Raises
+        InfeasibleBudgetError if none fits."""
+        return allocate(self.model, self.budget, convention=self.convention, spend=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the model: optimizers, multipliers, history."""

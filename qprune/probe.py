@@ -1,0 +1,94 @@
+"""What every layer reads, as a function of what the others produced: one run of the network, with gradients cut at every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from qprune.geometry import ChannelGroup, ExampleInputs, channel_axis, run, weighted_layers
+
+_TOLERANCE = 1e-4
+
+
+class Probe:
+    """read: layer name → its inputs, one per call; made: layer name → the outputs it seemed to give, random leaves of autograd instead of
+    the real ones, so that no dead ReLU hides a path; foreign: other leaves (the network's input, embeddings)."""
+
+    def __init__(self, model: nn.Module, example_inputs: ExampleInputs) -> None:
+        self.read: dict[str, list[Tensor]] = {}
+        self.made: dict[str, list[Tensor]] = {}
+        self.foreign: list[Tensor] = []
+        self.random = torch.Generator().manual_seed(0)
+        self.axes = {name: channel_axis(layer) for name, layer in weighted_layers(model)}
+        handles = [layer.register_forward_hook(self._cut(name)) for name, layer in weighted_layers(model)]
+        handles += [module.register_forward_hook(self._cut(None)) for module in model.modules() if isinstance(module, nn.Embedding)]
+        inputs = dict(example_inputs) if isinstance(example_inputs, Mapping) else example_inputs
+        try:
+            run(model, tree_map(self._leaf, inputs))
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _cut(self, name: str | None):  # type: ignore[no-untyped-def]
+        def hook(layer: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
+            leaf = torch.randn(y.shape, generator=self.random).to(y).requires_grad_()
+            if name is None:
+                self.foreign.append(leaf)
+            else:
+                self.made.setdefault(name, []).append(leaf)
+                self.read.setdefault(name, []).append(args[0].clone())
+            return leaf.clone()
+
+        return hook
+
+    def _leaf(self, value: object) -> object:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        self.foreign.append(value.detach().clone().requires_grad_())
+        return self.foreign[-1].clone()
+
+    def confirms(self, group: ChannelGroup, consumer: str) -> bool:
+        """True if input channel i of the consumer is a function of channel r of the group, for every pair (i, r), and of nothing else.
+
+        With a random weight per r, the gradient of the weighted inputs must be the gradient of the unweighted ones, weighted.
+        """
+        weights = torch.rand(group.size, generator=self.random).double() + 0.5
+        return all(self._confirms(x, group, group.consumers[consumer], self.axes[consumer], weights) for x in self.read.get(consumer, []))
+
+    def _confirms(self, x: Tensor, group: ChannelGroup, pairs: tuple[tuple[int, int], ...], axis: int, weights: Tensor) -> bool:
+        if not x.requires_grad:
+            return False
+        claimed = torch.zeros(x.size(axis), dtype=torch.float64)
+        claimed[[i for i, _ in pairs]] = weights[[r for _, r in pairs]]
+        claimed = claimed.view(-1, *[1] * (-1 - axis)).to(x)
+        plain = torch.randn(x.shape, generator=self.random).to(x) * (claimed > 0)
+        leaves = [(name, leaf) for name, leaves in self.made.items() for leaf in leaves] + [("", leaf) for leaf in self.foreign]
+        tensors = [leaf for _, leaf in leaves]
+        first = torch.autograd.grad(x, tensors, plain, retain_graph=True, allow_unused=True)
+        second = torch.autograd.grad(x, tensors, plain * claimed, retain_graph=True, allow_unused=True)
+        reached = False
+        for (name, leaf), one, two in zip(leaves, first, second, strict=True):
+            if one is None or two is None or not (one.any() or two.any()):
+                continue
+            reached = True
+            if name not in group.producers:
+                return False
+            expected = torch.zeros(leaf.size(self.axes[name]), dtype=torch.float64)
+            expected[list(group.producers[name])] = weights
+            scaled = one * expected.view(-1, *[1] * (-1 - self.axes[name])).to(one)
+            tolerance = max(_TOLERANCE, 8 * torch.finfo(one.dtype).eps)
+            if not bool((two - scaled).abs().max() <= tolerance * one.abs().max()):
+                return False
+        return reached
+
+
+def confirmed(groups: tuple[ChannelGroup, ...], probe: Probe) -> tuple[ChannelGroup, ...]:
+    """The groups without the consumers that the probe contradicts anywhere."""
+    wrong = {name for group in groups for name in group.consumers if not probe.confirms(group, name)}
+    return tuple(
+        ChannelGroup(group.size, group.producers, {name: pairs for name, pairs in group.consumers.items() if name not in wrong})
+        for group in groups
+    )
