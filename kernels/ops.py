@@ -45,7 +45,7 @@ def mix_quantize(
     Keeps x and the parameters for the backward pass, nothing else.
     """
     dtype = x.dtype
-    if dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+    if dtype != torch.float64 and x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
     # torch.ops is reached through attributes that type checkers do not know
     op: Any = torch.ops.qprune.mix_quantize

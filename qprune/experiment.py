@@ -27,6 +27,7 @@ from qprune.options import RunOptions
 from qprune.policy import LayerBits, Policy
 from qprune.prepare import Rules, calibrate, prepare
 from qprune.record import record_of
+from qprune.search.allocate import check_feasible
 from qprune.search.driver import Search
 from qprune.space import SearchSpace
 from qprune.tasks import models
@@ -73,6 +74,7 @@ class Experiment:
         self.example = task.train.x[:2]
         self.seconds: dict[str, float] = {}
         self.generator = torch.Generator().manual_seed(seed)
+        self.space = SearchSpace(options.w_bits, options.a_bits, granularity=options.granularity)
 
     def run(self) -> dict[str, Any]:
         """All phases. Writes policy.json and model.safetensors; returns this seed's entry of result.json. On a NaN or infinite loss, raises
@@ -80,6 +82,7 @@ class Experiment:
         torch.manual_seed(self.seed)
         options = self.options
         net = models.for_task(options.model, self.task)
+        check_feasible(prepare(net, self.space, self.rules(net), self.example), Budget.parse(options.budget), options.convention)
         self._train("float", net, options.float_epochs, options.lr)
         self.seconds["float_epoch"] = self.seconds["float"] / options.float_epochs
 
@@ -130,8 +133,7 @@ class Experiment:
 
     def _search(self, net: nn.Module) -> Search:
         options = self.options
-        space = SearchSpace(options.w_bits, options.a_bits, granularity=options.granularity)
-        mixed = self._prepare(net, space)
+        mixed = self._prepare(net, self.space)
         halves = self.task.train_halves(self.seed) if options.method == "darts" else None
         loader = self.task.loader(halves[0] if halves else "train", options.batch_size, self.generator)
         arch_loader = self.task.loader(halves[1], options.batch_size, self.generator) if halves else None

@@ -94,26 +94,37 @@ def allocate(
     improves the score. What is left of the budget is then spent greedily, on single filters and activations. Raises
     InfeasibleBudgetError, with the cheapest possible cost, if no policy fits.
     """
-    geometry = geometry_of(model)
-    record = record_of(model)
-    fixed = dict(record.fixed) if record is not None else {}
-    limits = budget.limits(geometry, fixed, convention)
-    tables = [
-        LayerTable(geometry.layers[name], layer.space, layer.weight, layer.input, layer.pair, has_bypass(geometry, name))
-        for name, layer in (gate_scores(model) if scores is None else scores).items()
-        if name in geometry.layers
-    ]
-    pricing = Pricing(geometry, fixed, limits, convention, tables)
+    tables, pricing = _set_up(model, budget, gate_scores(model) if scores is None else scores, convention)
     found = [_improve(layers, tables, pricing) for layers in _rounds(tables, pricing)]
     if not found:
         raise _infeasible(tables, pricing)
     best = max(found, key=lambda layers: _score(layers, tables))
     for bits in (max(b for b in BITS if b != FLOAT), FLOAT) if spend else ():
         best = _improve(best, tables, pricing, bits)
-    return Policy({**{n: b for n, b in fixed.items() if b is not None}, **best}, geometry)
+    return Policy({**pricing.fixed, **best}, pricing.geometry)
+
+
+def check_feasible(model: nn.Module, budget: Budget, convention: str = "product") -> None:
+    """Raise InfeasibleBudgetError, as `allocate` would, if no policy of a prepared model is within the budget."""
+    tables, pricing = _set_up(model, budget, gate_scores(model), convention)
+    if not pricing.fits(_cheapest(tables, pricing, pricing.scale)) and not _rounds(tables, pricing):
+        raise _infeasible(tables, pricing)
 
 
 Layers = dict[str, LayerBits]
+
+
+def _set_up(model: nn.Module, budget: Budget, scores: Mapping[str, LayerScores], convention: str) -> tuple[list[LayerTable], Pricing]:
+    geometry = geometry_of(model)
+    record = record_of(model)
+    fixed = dict(record.fixed) if record is not None else {}
+    limits = budget.limits(geometry, fixed, convention)
+    tables = [
+        LayerTable(geometry.layers[name], layer.space, layer.weight, layer.input, layer.pair, has_bypass(geometry, name))
+        for name, layer in scores.items()
+        if name in geometry.layers
+    ]
+    return tables, Pricing(geometry, fixed, limits, convention, tables)
 
 
 def _cheapest(tables: list[LayerTable], pricing: Pricing, scale: np.ndarray) -> Layers:

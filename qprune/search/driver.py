@@ -16,7 +16,7 @@ from qprune.gates import gates, set_gates
 from qprune.geometry import ExampleInputs
 from qprune.policy import Policy
 from qprune.record import Record, attach, record_of, unwrap
-from qprune.search.allocate import allocate
+from qprune.search.allocate import allocate, check_feasible
 from qprune.search.constraint import Constraint
 from qprune.search.darts import Darts
 from qprune.search.edmips import EdMIPS
@@ -46,7 +46,8 @@ class Search:
     example_inputs  for a model that was not prepared with them
     method_options  of the method, such as second_order=True for "darts"
 
-    Raises QPruneError for an unknown method, InputError where the geometry is unknown, and BudgetError for a budget that cannot be read.
+    Raises QPruneError for an unknown method, InputError where the geometry is unknown, and InfeasibleBudgetError for a budget that no
+    policy meets.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Search:
             attach(unwrap(model), Record(geometry, record.fixed if record is not None else {}))
         self.model, self.budget, self.convention = model, budget, convention
         self.limits = budget.limits(geometry, record.fixed if record is not None else {}, convention)
+        check_feasible(model, budget, convention)
         constraint = Constraint(self.limits, dual_rate, rho)
         optimizers = Optimizers(model, weight_lr, arch_lr, quantizer_lr, weight_decay, momentum, steps)
         self.method = METHODS[method](model, constraint, optimizers, convention, **method_options)
