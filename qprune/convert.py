@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 
 import torch
@@ -12,7 +11,7 @@ from qprune.errors import PolicyMismatchError
 from qprune.geometry import Geometry, describe, weighted_layers
 from qprune.nn.mixing import Mixing
 from qprune.nn.quant import fix_bits
-from qprune.nn.surgery import plain, replace_modules
+from qprune.nn.surgery import copy_model, plain, replace_modules
 from qprune.policy import LayerBits, Policy
 from qprune.record import Record, attach, record_of, unwrap
 from qprune.space import PRUNED, SearchSpace
@@ -32,7 +31,7 @@ def convert(model: nn.Module, policy: Policy, space: SearchSpace | Mapping[str, 
     if geometry is not None:
         policy.check(geometry)
         check_survivors(policy, geometry)
-    final = copy.deepcopy(unwrap(model))
+    final = copy_model(unwrap(model))
     layers = dict(weighted_layers(final))
     for name in policy.layers:
         if name not in layers:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from qprune.errors import InputError
+from qprune.nn.surgery import copy_model, plain, replace_modules
 
 ExampleInputs = Tensor | Sequence[Any] | Mapping[str, Any]
 
@@ -128,6 +128,11 @@ def describe(name: str, layer: nn.Module, positions: int) -> LayerGeometry:
     return LayerGeometry(name, kind, weight.size(0), weight.size(1), kernel, groups, positions)
 
 
+def first_input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """The tensor that a layer was called with, by position or by keyword."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
 class observing:
     """A `with` block in which `callback(name, layer, x, y)` sees the input and output of every weighted layer."""
 
@@ -136,9 +141,9 @@ class observing:
 
     def __enter__(self) -> None:
         def hook(name: str) -> Any:
-            return lambda layer, args, output: self.callback(name, layer, args[0], output)
+            return lambda layer, args, kwargs, output: self.callback(name, layer, first_input(args, kwargs), output)
 
-        self.handles = [layer.register_forward_hook(hook(name)) for name, layer in weighted_layers(self.model)]
+        self.handles = [layer.register_forward_hook(hook(name), with_kwargs=True) for name, layer in weighted_layers(self.model)]
 
     def __exit__(self, *exception: Any) -> None:
         for handle in self.handles:
@@ -190,8 +195,6 @@ def _batch_size(example_inputs: ExampleInputs) -> int:
 
 def float_twin(model: nn.Module) -> nn.Module:
     """A deep copy in which every mixed or quantized layer is the plain layer it came from."""
-    from qprune.nn.surgery import plain, replace_modules
-
-    twin = copy.deepcopy(model)
+    twin = copy_model(model)
     swaps = {module: plain(module) for _, module in weighted_layers(twin)}
     return replace_modules(twin, {module: layer for module, layer in swaps.items() if layer is not module})

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from qprune.geometry import ChannelGroup, ExampleInputs, channel_axis, run, weighted_layers
+from qprune.geometry import ChannelGroup, ExampleInputs, channel_axis, first_input, run, weighted_layers
 
 _TOLERANCE = 1e-4
 
@@ -23,8 +23,12 @@ class Probe:
         self.foreign: list[Tensor] = []
         self.random = torch.Generator().manual_seed(0)
         self.axes = {name: channel_axis(layer) for name, layer in weighted_layers(model)}
-        handles = [layer.register_forward_hook(self._cut(name)) for name, layer in weighted_layers(model)]
-        handles += [module.register_forward_hook(self._cut(None)) for module in model.modules() if isinstance(module, nn.Embedding)]
+        handles = [layer.register_forward_hook(self._cut(name), with_kwargs=True) for name, layer in weighted_layers(model)]
+        handles += [
+            module.register_forward_hook(self._cut(None), with_kwargs=True)
+            for module in model.modules()
+            if isinstance(module, nn.Embedding)
+        ]
         inputs = dict(example_inputs) if isinstance(example_inputs, Mapping) else example_inputs
         try:
             run(model, tree_map(self._leaf, inputs))
@@ -33,13 +37,13 @@ class Probe:
                 handle.remove()
 
     def _cut(self, name: str | None):  # type: ignore[no-untyped-def]
-        def hook(layer: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        def hook(layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], y: Tensor) -> Tensor:
             leaf = torch.randn(y.shape, generator=self.random).to(y).requires_grad_()
             if name is None:
                 self.foreign.append(leaf)
             else:
                 self.made.setdefault(name, []).append(leaf)
-                self.read.setdefault(name, []).append(args[0].clone())
+                self.read.setdefault(name, []).append(first_input(args, kwargs).clone())
             return leaf.clone()
 
         return hook
