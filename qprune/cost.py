@@ -199,4 +199,4 @@ def layer_cost(layer: LayerGeometry, choice: Choice, kept: Tensor | None, conven
 
 def _overhead(layer: LayerGeometry, choice: Choice) -> int:
     scales = layer.filters + 1
-    return 32 * scales + (4 * layer.filters if choice.p.size(0) > 1 else 0)
+    return 32 * scales + (4 * layer.filters if choice.p.size(0) > 1 and len(choice.w_bits) > 1 else 0)
