@@ -48,18 +48,12 @@ def prepare(model: nn.Module, space: SearchSpace, rules: Rules | None = None, ex
         geometry = Geometry(trace_geometry(prepared, example_inputs), channel_groups(prepared, example_inputs))
     spaces = assign_spaces(prepared, space, rules or {})
     swaps: dict[nn.Module, nn.Module] = {}
-    fixed: dict[str, LayerBits | None] = {}
     for name, module in weighted_layers(prepared):
-        chosen = spaces[name]
-        swaps[module] = _with_space(module, chosen)
-        if chosen is None:
-            fixed[name] = None
-            continue
-        swaps[module].layer_name = name  # type: ignore[assignment]
-        if chosen.is_fixed:
-            fixed[name] = LayerBits(*chosen.candidates[0])
+        swaps[module] = _with_space(module, spaces[name])
+        if spaces[name] is not None:
+            swaps[module].layer_name = name  # type: ignore[assignment]
     prepared = replace_modules(prepared, {old: new for old, new in swaps.items() if old is not new})
-    attach(prepared, Record(geometry, fixed))
+    attach(prepared, Record(geometry, fixed_layers(prepared)))
     if example_inputs is not None:
         _observe_inputs(prepared, [example_inputs], lambda name, quantizer, x: quantizer.observe_sign(x))
     return prepared
@@ -77,6 +71,17 @@ def _with_space(layer: nn.Module, space: SearchSpace | None) -> nn.Module:
         return MixedConv2d.from_float(layer, space)
     assert isinstance(layer, nn.Linear)
     return MixedLinear.from_float(layer, space)
+
+
+def fixed_layers(model: nn.Module) -> dict[str, LayerBits | None]:
+    """The layers that nothing is searched for: their bits, or None for a layer that is float."""
+    fixed: dict[str, LayerBits | None] = {}
+    for name, layer in weighted_layers(model):
+        if not isinstance(layer, Mixing):
+            fixed[name] = None
+        elif layer.space.is_fixed:
+            fixed[name] = LayerBits(*layer.space.candidates[0])
+    return fixed
 
 
 def assign_spaces(model: nn.Module, space: SearchSpace, rules: Rules) -> dict[str, SearchSpace | None]:

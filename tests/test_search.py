@@ -217,6 +217,8 @@ def test_a_model_of_mixed_layers_made_by_hand() -> None:
     )
     x, y = batches(1)[0]
     search = qprune.Search(model, qprune.Budget(bops="w4a4"), example_inputs=x)
+    macs = float(qprune.cost(search.policy()).macs)
+    assert search.limits["bops"] == 16 * macs
     search.step(lambda m: F.cross_entropy(m(x), y))
     assert float(qprune.cost(search.policy()).bops) <= search.limits["bops"]
 

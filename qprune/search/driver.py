@@ -15,6 +15,7 @@ from qprune.errors import InputError, QPruneError
 from qprune.gates import gates, set_gates
 from qprune.geometry import ExampleInputs
 from qprune.policy import Policy
+from qprune.prepare import fixed_layers
 from qprune.record import Record, attach, record_of, unwrap
 from qprune.search.allocate import allocate, check_feasible
 from qprune.search.constraint import Constraint
@@ -76,9 +77,10 @@ class Search:
         record = record_of(model)
         geometry = geometry_of(model, example_inputs)
         if record is None or record.geometry is None:
-            attach(unwrap(model), Record(geometry, record.fixed if record is not None else {}))
+            record = Record(geometry, fixed_layers(unwrap(model)))
+            attach(unwrap(model), record)
         self.model, self.budget, self.convention = model, budget, convention
-        self.limits = budget.limits(geometry, record.fixed if record is not None else {}, convention)
+        self.limits = budget.limits(geometry, record.fixed, convention)
         check_feasible(model, budget, convention)
         constraint = Constraint(self.limits, dual_rate, rho)
         optimizers = Optimizers(model, weight_lr, arch_lr, quantizer_lr, weight_decay, momentum, steps)
