@@ -1,0 +1,58 @@
+"""A search inside DistributedDataParallel, two processes over gloo, without find_unused_parameters."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+import qprune
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def work(rank: int, store: str) -> dict[str, object]:
+    """Two ranks search on different data; each says what it ended with."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+    space = qprune.SearchSpace((0, 2, 4), (2, 4), granularity="filter")
+    model = nn.parallel.DistributedDataParallel(qprune.prepare(net, space, example_inputs=torch.randn(1, 3, 8, 8)))
+    search = qprune.Search(model, qprune.Budget(bops="w3a3"))
+    generator, drawn = torch.Generator().manual_seed(7), []
+    data = torch.Generator().manual_seed(rank)
+    qprune.set_gates(model, mode="sampled")
+    for _ in range(4):
+        qprune.sample_gates(model, generator)
+        x, y = torch.randn(8, 3, 8, 8, generator=data), torch.randint(0, 3, (8,), generator=data)
+        drawn.append(float(qprune.cost(model).bops.detach()))
+        search.step(lambda m, x=x, y=y: F.cross_entropy(m(x), y))  # type: ignore[misc]
+    total = sum(float(p.detach().double().abs().sum()) for p in model.parameters())
+    policy = search.policy().to_json()
+    dist.destroy_process_group()
+    return {"parameters": total, "drawn": drawn, "policy": policy}
+
+
+def test_ranks_agree(tmp_path: Path) -> None:
+    words = [sys.executable, str(Path(__file__)), str(tmp_path / "store")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ranks = [
+        subprocess.Popen([*words, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) for rank in (0, 1)
+    ]
+    outputs = [rank.communicate(timeout=240) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], outputs
+    first, second = (json.loads(out) for out, _ in outputs)
+    assert first == second
+    assert len(set(first["drawn"])) > 1
+
+
+if __name__ == "__main__":
+    print(json.dumps(work(int(sys.argv[2]), sys.argv[1])))
