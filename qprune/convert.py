@@ -104,12 +104,12 @@ def _alive(policy: Policy, geometry: Geometry, name: str) -> bool:
         return False
     alive = [b != PRUNED for b in policy.bits(name).per_filter(geometry.layers[name].filters)]
     if geometry.layers[name].depthwise:
-        order = list(geometry.layers)
-        earlier = set(order[: order.index(name)])
-        for group in (group for group in geometry.groups if name in group.producers and earlier & group.producers.keys()):
-            sources = {other: policy.bits(other).per_filter(geometry.layers[other].filters) for other in earlier & group.producers.keys()}
-            for r, own in enumerate(group.producers[name]):
-                alive[own] &= any(bits[group.producers[other][r]] != PRUNED for other, bits in sources.items())
+        per_channel = len(alive) // geometry.layers[name].groups
+        for group in (group for group in geometry.groups if name in group.consumers):
+            sources = [policy.bits(other).per_filter(geometry.layers[other].filters) for other in group.producers]
+            gone = {r for r in range(group.size) if all(bits[f[r]] == PRUNED for bits, f in zip(sources, group.producers.values()))}
+            dead = {i for i, r in group.consumers[name] if r in gone}
+            alive = [there and f // per_channel not in dead for f, there in enumerate(alive)]
     return any(alive)
 
 

@@ -135,13 +135,11 @@ def policy_choices(geometry: Geometry, policy: Policy) -> dict[str, Choice]:
 
 
 def kept_inputs(geometry: Geometry, pruned: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """For every layer that reads prunable channels: the expected number of input channels that are still there for a filter that is not
-    pruned itself, one per convolution group, or one per filter.
+    """For every layer that reads prunable channels: the expected number of input channels that are still there, per convolution group.
 
     pruned  probability of 0 bits per filter, [F] or [1], of the layers that have that candidate
     """
     kept: dict[str, Tensor] = {}
-    own: dict[str, Tensor] = {}
     for group in geometry.groups:
         if not group.consumers or any(name not in pruned for name in group.producers):
             continue
@@ -150,19 +148,12 @@ def kept_inputs(geometry: Geometry, pruned: Mapping[str, Tensor]) -> dict[str, T
             p = pruned[name]
             gone = gone * (p[list(filters)] if p.numel() > 1 else p.expand(group.size))
         for name, pairs in group.consumers.items():
-            layer, produced = geometry.layers[name], group.producers.get(name)
-            if produced is not None and pruned[name].numel() == 1:
-                continue  # all its filters produce these channels: while one is there, all are
+            if name in group.producers:
+                continue  # a layer that reads itself: its own choice is not independent of what is there
             index = torch.tensor([i for i, _ in pairs], device=gone.device)
             source = gone[[r for _, r in pairs]]
-            kept[name] = kept.get(name, source.new_ones(layer.channels)).index_add(0, index, -source)
-            if produced is not None:  # while a filter is there, so is the channel that it produces
-                row = torch.tensor([produced[r] for _, r in pairs], device=gone.device)
-                sees = row // (layer.filters // layer.groups) == index // layer.inputs
-                own[name] = own.get(name, source.new_zeros(layer.filters)).index_add(0, row, source * sees)
-    counts = {name: channels.view(geometry.layers[name].groups, -1).sum(1) for name, channels in kept.items()}
-    spread = {name: counts[name].repeat_interleave(len(more) // len(counts[name])) + more for name, more in own.items()}
-    return counts | spread
+            kept[name] = kept.get(name, source.new_ones(geometry.layers[name].channels)).index_add(0, index, -source)
+    return {name: channels.view(geometry.layers[name].groups, -1).sum(1) for name, channels in kept.items()}
 
 
 def evaluate(geometry: Geometry, choices: Mapping[str, Choice], convention: Convention) -> Cost:
@@ -178,7 +169,7 @@ def evaluate(geometry: Geometry, choices: Mapping[str, Choice], convention: Conv
 
 
 def layer_cost(layer: LayerGeometry, choice: Choice, kept: Tensor | None, convention: Convention) -> LayerCost:
-    """One layer's expected cost; kept = the input channels that are there, per convolution group or per filter (None: all)."""
+    """One layer's expected cost; kept = the input channels that are there, per convolution group (None: all)."""
     p, device = choice.p, choice.p.device
     w = torch.tensor(choice.w_bits, dtype=torch.float64, device=device).view(1, -1, 1)
     a = torch.tensor(choice.a_bits, dtype=torch.float64, device=device).view(1, 1, -1)

@@ -57,9 +57,9 @@ class LayerGeometry:
 
 @dataclass(frozen=True)
 class ChannelGroup:
-    """Channels that can only be removed together. Channel r of the group is produced by filter producers[layer][r] of every producer
-    (several where a residual adds them, or a depthwise layer passes them on) and read as input channel i by every pair (i, r) in
-    consumers[layer]."""
+    """Channels that go from the same producers to the same consumers. Channel r of the group is produced by filter producers[layer][r] of
+    every producer (several where a residual adds them) and read as input channel i by every pair (i, r) in consumers[layer]: it can be
+    removed there once all those filters are pruned."""
 
     size: int
     producers: dict[str, tuple[int, ...]]

@@ -64,8 +64,10 @@ def _one_group(items: Any, layers: dict[nn.Module, str]) -> ChannelGroup:
         if item.dep.handler.__name__ == "prune_in_channels":
             consumers.setdefault(name, set()).update(pairs)
         else:
+            layer = item.dep.target.module
+            pairs = [(i, r) for i, r in pairs if i < len(layer.weight)]  # some grouped convolutions pass for depthwise ones
             producers.setdefault(name, {}).update({r: i for i, r in pairs})
-            if getattr(item.dep.target.module, "groups", 1) > 1 and item.dep.target.module.weight.size(1) == 1:
+            if getattr(layer, "groups", 1) == layer.weight.size(0) > 1 and layer.weight.size(1) == 1:
                 consumers.setdefault(name, set()).update(pairs)
     size = max(len(filters) for filters in producers.values())
     complete = {name: tuple(filters[r] for r in range(size)) for name, filters in producers.items() if len(filters) == size}

