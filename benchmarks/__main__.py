@@ -25,6 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     described = machine.describe(DEVICE)
+    if described["load"] > 0.5:
+        print(
+            f"this machine is busy (load {described['load']}): parallel code waits for its slowest thread, times will vary", file=sys.stderr
+        )
     progress = Progress(
         SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=Console(stderr=True), transient=True
     )

@@ -59,4 +59,5 @@ def describe(device: str) -> dict[str, Any]:
 def headline(machine: dict[str, Any]) -> str:
     """One line for the top of the table."""
     gpu = f", driver {machine['driver']}, CUDA {machine['cuda']}" if machine["cuda"] else f", {machine['threads']} threads"
-    return f"{machine['device']}{gpu}, torch {machine['torch']}, Python {machine['python']}, commit {machine['commit']}, {machine['date']}"
+    versions = f"torch {machine['torch']}, Python {machine['python']}"
+    return f"{machine['device']}{gpu}, {versions}, commit {machine['commit']}, {machine['date']}, load before {machine['load']}"
