@@ -83,7 +83,8 @@ class Quantizer(nn.Module):
     def mix(self, x: Tensor, offset: Tensor, r: Tensor, p: Tensor, axis: int, picks: Sequence[int], groups: Sequence[int]) -> Tensor:
         """One fused pass with the candidates `picks`: offset, r [1 or C, K], p [1 or C, K], in float32 (float64 for float64 x)."""
         rows, dtype = max(r.size(0), p.size(0)), torch.float64 if x.dtype == torch.float64 else torch.float32
-        offset, r, p = (t.to(dtype).expand(rows, -1) for t in (offset, r, p))
+        # a view that changes nothing would still be a node of autograd
+        offset, r, p = (t if t.size(0) == rows else t.expand(rows, -1) for t in (t.to(dtype) for t in (offset, r, p)))
         steps, zero_point, through = ([values[k] for k in picks] for values in (self.steps, self.zero_point, self.pass_through))
         return mix_quantize(x, offset, r, p, steps, zero_point, axis, groups, through, None)
 
@@ -148,7 +149,7 @@ class WeightQuantizer(Quantizer):
         if list(picks) != list(range(len(self.bits))):
             r = torch.cat([r[:, k : k + 1] for k in picks], dim=1)
         group = [0] * len(picks) if groups is None else groups
-        return self.mix(weight, torch.zeros_like(r), r, p.reshape(-1, len(picks)), 0, picks, group)
+        return self.mix(weight, torch.zeros_like(r), r, p if p.dim() == 2 else p.unsqueeze(0), 0, picks, group)
 
 
 def _negative_share(bits: int) -> float:
@@ -204,7 +205,7 @@ class InputQuantizer(Quantizer):
         """β [1, K] for ranges r [1, K]."""
         if self.kind == "lsq+":
             return self.offset
-        return -self.signed * r * self.negative_share
+        return r * (-self.signed * self.negative_share)
 
     @torch.no_grad()
     def observe_sign(self, x: Tensor) -> None:
@@ -248,7 +249,7 @@ class InputQuantizer(Quantizer):
         if not self.calibrated and self.training:
             self.calibrate(x)
         r, k = self.learned_range(), len(self.bits)
-        coefficients = torch.ones_like(r) if split else p.reshape(-1, k)
+        coefficients = torch.ones_like(r) if split else p if p.dim() == 2 else p.unsqueeze(0)
         groups = range(k) if split else [0] * k
         return self.mix(x, self.offsets(r), r, coefficients, 1, range(k), list(groups))
 
