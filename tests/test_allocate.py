@@ -18,9 +18,11 @@ from qprune.convert import survives
 from qprune.cost import cost, geometry_of
 from qprune.gates import gates
 from qprune.policy import LayerBits
+from qprune.record import Record, attach
 from qprune.search.allocate import LayerScores, allocate, gate_scores
 from qprune.search.knapsack import Choices, solve
 from qprune.tasks import models
+from tests.geometries import resnet18
 
 MEASURES = ("bops", "size_bits", "macs")
 
@@ -304,6 +306,17 @@ def test_other_conventions(convention: str) -> None:
     limit = Budget(bops="w3a3").limits(geometry_of(mixed), {"conv1": LayerBits(8, 8), "fc": LayerBits(8, 8)}, convention)["bops"]
     used = float(cost(allocate(mixed, Budget(bops="w3a3"), convention=convention, spend=True), convention=convention).bops)
     assert 0.98 * limit < used <= limit
+
+
+def test_thousands_of_filters() -> None:
+    """ResNet-18 with a choice for every filter: greedy moves end, also where sums over a thousand rows differ by rounding."""
+    geometry, space = resnet18(), SearchSpace((0, 2, 3, 4, 8), (2, 4, 8), granularity="filter")
+    net, random = nn.Module(), np.random.default_rng(0)
+    attach(net, Record(geometry))
+    scores = {n: LayerScores(space, random.normal(size=(layer.filters, 5)), random.normal(size=3)) for n, layer in geometry.layers.items()}
+    limit = Budget(bops="w3a3").limits(geometry)["bops"]
+    used = float(cost(allocate(net, Budget(bops="w3a3"), scores, spend=True)).bops)
+    assert 0.9999 * limit < used <= limit
 
 
 def test_knapsack() -> None:

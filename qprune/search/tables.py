@@ -118,11 +118,12 @@ class LayerTable:
         w_from, a_from = np.where(which[:, 0] < 0, 1, self.w_bits[rows[which[:, 0]]]), self.a_bits[activation]
         w_to, a_to = np.where(which[:, 0] < 0, 1, self.w_bits[which[:, 1]]), self.a_bits[which[:, 2]]
         allowed = (extra <= left).all(1) & (w_from != PRUNED) & (w_to != PRUNED) & (a_from != PRUNED) & (a_to != PRUNED)
+        allowed &= (w_to != w_from) | (a_to != a_from)  # sums of the same terms may differ by rounding: no move must not look like a gain
         price = extra @ scale
         if raised is None:
-            allowed &= gain > 1e-12
+            allowed &= gain > 1e-9
         else:
-            allowed &= np.isfinite(gain) & (w_to >= w_from) & (a_to >= a_from) & (w_to + a_to > w_from + a_from) & (price > 0)
+            allowed &= np.isfinite(gain) & (w_to >= w_from) & (a_to >= a_from) & (price > 0)
             allowed &= ((w_to == w_from) | (w_to <= raised)) & ((a_to == a_from) | (a_to <= raised))
         if not allowed.any():
             return None
