@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -187,8 +188,14 @@ class Experiment:
         if all(bool(torch.isfinite(value).all()) for value in tensors.values() if value.is_floating_point()):
             write_atomically(self.folder / "checkpoint.safetensors", to_bytes(tensors))
 
-    def _naming_checkpoint(self) -> Any:
-        return _Naming(self.folder / "checkpoint.safetensors")
+    @contextmanager
+    def _naming_checkpoint(self) -> Iterator[None]:
+        """Add to a NonFiniteError where the last good state lies."""
+        try:
+            yield
+        except NonFiniteError as error:
+            error.args = (f"{error}; the last good state is in {self.folder / 'checkpoint.safetensors'}",)
+            raise
 
     def _measure(self, label: str, net: nn.Module, geometry: Geometry) -> Network:
         cost = cost_of(net, convention=self.options.convention) if record_of(net) else cost_of(net, self.example, self.options.convention)
@@ -201,20 +208,6 @@ class Experiment:
             float(cost.size_bits),
             *_mean_bits(cost, geometry),
         )
-
-
-class _Naming:
-    """Adds to a NonFiniteError where the last good state lies."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, NonFiniteError):
-            error.args = (f"{error}; the last good state is in {self.path}",)
 
 
 def _mean_bits(cost: Cost, geometry: Geometry) -> tuple[float, float]:
