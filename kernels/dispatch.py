@@ -13,6 +13,9 @@ import torch
 from .errors import BackendError
 
 NAMES = ("reference", "cpu", "triton")
+OPERATIONS = {"cpu": ("quantize", "multi"), "triton": ("quantize", "multi", "conv", "depthwise", "int8")}
+"""What each backend has kernels for; the reference has everything."""
+
 log = logging.getLogger("qprune")
 _chosen: str | None = None
 
@@ -52,14 +55,14 @@ def interpreting() -> bool:
 
 
 @functools.cache
-def _module(name: str) -> ModuleType | str:
+def _module(name: str, operation: str) -> ModuleType | str:
     """The launcher module of a backend, or the reason why there is none."""
     try:
         if name == "cpu":
             module = importlib.import_module(".cpu", __package__)
             module.load()
         else:
-            module = importlib.import_module(".quantize", __package__)
+            module = importlib.import_module(f".{operation}", __package__)
     except (ImportError, BackendError, OSError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         log.warning("qprune: no %s kernels (%s); the slower PyTorch reference runs instead", name, reason)
@@ -67,8 +70,8 @@ def _module(name: str) -> ModuleType | str:
     return module
 
 
-def select(x: torch.Tensor) -> ModuleType | None:
-    """The launcher module for x, or None for the reference."""
+def select(x: torch.Tensor, operation: str = "quantize") -> ModuleType | None:
+    """The module with an operation's launchers for x (kernels/cpu, or kernels/<operation>.py with Triton), or None for the reference."""
     name = _chosen or (_check(os.environ["QPRUNE_BACKEND"]) if os.environ.get("QPRUNE_BACKEND") else None)
     if name == "reference" or x.dtype == torch.float64:
         return None
@@ -79,9 +82,9 @@ def select(x: torch.Tensor) -> ModuleType | None:
             f"the triton backend was asked for, but the tensor is on {x.device}: move it to CUDA, or set TRITON_INTERPRET=1 to interpret"
         )
     wanted = name or {"cuda": "triton", "cpu": "cpu"}.get(x.device.type)
-    if wanted is None:
+    if wanted is None or operation not in OPERATIONS[wanted]:
         return None
-    module = _module(wanted)
+    module = _module(wanted, operation)
     if isinstance(module, ModuleType):
         return module
     if name is not None:

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from types import TracebackType
-from typing import Any
+from typing import TypeVar
 
 from .layout import Layout
 
@@ -55,6 +55,18 @@ class Device:
     interpreted: bool = False
 
 
+_pins: dict[str, int] = {}
+_fields: set[str] = set()
+_T = TypeVar("_T")
+
+
+def pinnable(cls: type[_T]) -> type[_T]:
+    """Let `pinned` set the fields of a dataclass of launch parameters, where its launcher passes it through `pin`."""
+    _fields.update(field.name for field in fields(cls))  # type: ignore[arg-type]
+    return cls
+
+
+@pinnable
 @dataclass(frozen=True)
 class Tile:
     """Blocks per program, programs that share the outer and the inner tiles, warps, and elements per memory access of a thread."""
@@ -68,6 +80,7 @@ class Tile:
     vector: int
 
 
+@pinnable
 @dataclass(frozen=True)
 class FinishTile:
     """Blocks of the kernel that adds up the partial sums."""
@@ -77,24 +90,20 @@ class FinishTile:
     finish_warps: int
 
 
-_pins: dict[str, int] = {}
-
-
 class pinned:
     """Fix launch parameters by field name while the block runs: `with pinned(block_inner=64, warps=1): …`, for tests and benchmarks.
 
     Holds for every thread, since autograd runs the backward pass in its own.
     """
 
-    def __init__(self, **fields: int) -> None:
-        known = {*Tile.__dataclass_fields__, *FinishTile.__dataclass_fields__}
-        if unknown := fields.keys() - known:
-            raise TypeError(f"no launch parameter is called {', '.join(sorted(unknown))}: expected some of {', '.join(sorted(known))}")
-        self.fields = fields
+    def __init__(self, **values: int) -> None:
+        if unknown := values.keys() - _fields:
+            raise TypeError(f"no launch parameter is called {', '.join(sorted(unknown))}: expected some of {', '.join(sorted(_fields))}")
+        self.values = values
 
     def __enter__(self) -> pinned:
         self.previous = dict(_pins)
-        _pins.update(self.fields)
+        _pins.update(self.values)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -102,9 +111,10 @@ class pinned:
         _pins.update(self.previous)
 
 
-def _pin(tile: Any) -> Any:
-    fields = {name: value for name, value in _pins.items() if name in tile.__dataclass_fields__}
-    return replace(tile, **fields) if fields else tile
+def pin(tile: _T) -> _T:
+    """The launch parameters with what `pinned` says of them."""
+    values = {name: value for name, value in _pins.items() if name in tile.__dataclass_fields__}  # type: ignore[attr-defined]
+    return replace(tile, **values) if values else tile  # type: ignore[type-var]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -202,17 +212,14 @@ def _finish(channels: int, splits: int) -> FinishTile:
 
 def forward(v: View, itemsize: int, device: Device) -> Tile:
     """Launch of the forward kernel; itemsize is the smaller one of x and the output."""
-    tile: Tile = _pin(_forward(v, itemsize, device))
-    return tile
+    return pin(_forward(v, itemsize, device))
 
 
 def backward(v: View, itemsize: int, device: Device) -> Tile:
     """Launch of the backward kernel; itemsize is the smaller one of x and the gradient."""
-    tile: Tile = _pin(_backward(v, itemsize, device))
-    return tile
+    return pin(_backward(v, itemsize, device))
 
 
 def finish(channels: int, splits: int) -> FinishTile:
     """Launch of the kernel that adds up `splits` partial sums for each channel."""
-    tile: FinishTile = _pin(_finish(channels, splits))
-    return tile
+    return pin(_finish(channels, splits))

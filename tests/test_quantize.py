@@ -7,78 +7,25 @@ apart, which a GPU contracts, so equality of codes bit for bit is only asked of 
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
-import sys
-from collections.abc import Iterator
-from typing import Any
-
 import pytest
 import torch
 from cases import CASES, LSQ, PARAMS, SYMMETRIC, UNSIGNED, Case, Problem, assert_agree, near_boundary, problem
+from interpreter import DEVICE, GPU, interpret, interpreted, tl, triton
 
 import qprune.kernels.layout
 from qprune.functional import mix_quantize
-from qprune.kernels import backend, dispatch, launch, reference
+from qprune.kernels import backend, launch, reference
 
-if importlib.util.find_spec("triton") is None:
-    pytest.skip("Triton is not installed", allow_module_level=True)
+__all__ = ["interpret"]
+pytestmark = pytest.mark.gpu
 
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
-
-
-@contextlib.contextmanager
-def _interpreted() -> Iterator[None]:
-    """Without a GPU, import for the interpreter. `@triton.jit` and Triton's own library look at TRITON_INTERPRET once, at their import.
-
-    What another test of this process imported otherwise is imported again, and the variable is gone afterwards.
-    """
-    if GPU:
-        yield
-        return
-    stale = [name for name in sys.modules if name.split(".")[0] == "triton" and not name.startswith("triton._C")]
-    stale += [f"qprune.kernels.{name}" for name in ("candidates", "quantize", "quantize_grad")]
-    for name in stale:
-        sys.modules.pop(name, None)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        yield
-    dispatch._module.cache_clear()
-
-
-def _mend_interpreter() -> None:
-    """Before Triton 3.7, `range` over a tensor calls int() on an array of one number, which NumPy 2.4 refuses."""
-    interpreter = importlib.import_module("triton.runtime.interpreter")
-    original = interpreter._patch_lang_tensor
-
-    def patch(tensor: Any, *scope: Any) -> None:
-        original(tensor, *scope)
-        tensor.__index__ = lambda self: int(self.handle.data.item())
-
-    interpreter._patch_lang_tensor = patch
-
-
-with _interpreted():
-    import triton
-    import triton.language as tl
-
-    if not GPU and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
-        _mend_interpreter()
-
-    import qprune.kernels.quantize
+with interpreted():
     from qprune.kernels.candidates import uniform
 
     @triton.jit
     def draw_kernel(p_seed, p_index, p_out, N: tl.constexpr):  # type: ignore[no-untyped-def]
         o_n = tl.arange(0, N)
         tl.store(p_out + o_n, uniform(tl.load(p_seed), tl.load(p_index + o_n)))
-
-
-@pytest.fixture(autouse=True)
-def _interpret(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not GPU:
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
 @pytest.mark.parametrize("case", PARAMS)
