@@ -24,6 +24,7 @@ PACKAGES = {
     "qprune.export": "qprune/export",
     "qprune.tasks": "qprune/tasks",
     "qprune.kernels": "kernels",
+    "qprune.kernels.aot": "kernels/aot",
     "qprune.kernels.cpu": "kernels/cpu",
 }
 PACKAGE_DATA = {
