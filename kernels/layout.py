@@ -15,6 +15,7 @@ of a weight [F, C, kh, kw] and the channel axis of an activation [N, C, H, W]. A
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -71,8 +72,13 @@ def empty_output(x: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
     """Room for M outputs side by side along dimension 1, in x's memory format. x as `dense` returns it."""
     if groups == 1:
         return torch.empty_like(x, dtype=dtype)
-    shape = (x.size(0), groups * x.size(1), *x.shape[2:])
-    return torch.empty(shape, dtype=dtype, device=x.device, memory_format=_memory_format(x))
+    return empty((x.size(0), groups * x.size(1), *x.shape[2:]), x, dtype)
+
+
+def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Room for a result of another shape, in the memory format (if it is of the same rank) and on the device of `like`."""
+    memory_format = _memory_format(like) if len(shape) == like.dim() else torch.contiguous_format
+    return torch.empty(tuple(shape), dtype=dtype, device=like.device, memory_format=memory_format)
 
 
 def like_output(grad: Tensor, x: Tensor, groups: int) -> Tensor:

@@ -19,11 +19,14 @@ def _seed() -> None:
 @pytest.fixture(autouse=True)
 def _poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An element that a kernel leaves unwritten is NaN, so that some comparison fails."""
-    original: Callable[..., torch.Tensor] = qprune.kernels.layout.empty_output
 
-    def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
-        out = original(*args, **kwargs)
-        return out if isinstance(out, torch._subclasses.FakeTensor) else out.fill_(torch.nan)
+    def poisoned(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def empty(*args: Any, **kwargs: Any) -> torch.Tensor:
+            out = original(*args, **kwargs)
+            return out.fill_(torch.nan) if out.is_floating_point() and not isinstance(out, torch._subclasses.FakeTensor) else out
 
-    monkeypatch.setattr(qprune.kernels.layout, "empty_output", poisoned)
+        return empty
+
+    for name in ("empty", "empty_output"):
+        monkeypatch.setattr(qprune.kernels.layout, name, poisoned(getattr(qprune.kernels.layout, name)))
     yield
