@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -42,11 +42,7 @@ class Gate(nn.Module):
         if self.mode == "fixed":
             hard = F.one_hot(self.choice, self.logits.size(-1)).to(torch.float32)
             return torch.where(torch.isfinite(hard), hard, self.logits.float())  # the logits keep a gradient, as every parameter must
-        soft = ((self.logits.float() + self.noise) / self.temperature).softmax(-1)
-        if self.mode == "relaxed":
-            return soft
-        hard = F.one_hot(soft.argmax(-1), self.logits.size(-1)).to(soft.dtype)
-        return hard + (soft - soft.detach())
+        return _sharpened(self.logits.float() + self.noise, self.temperature, self.mode)
 
     @torch.no_grad()
     def sample(self, generator: torch.Generator | None = None) -> None:
@@ -64,10 +60,20 @@ class Gate(nn.Module):
         return f"{tuple(self.logits.shape)}, mode={self.mode}"
 
 
+def _sharpened(noisy: Tensor, temperature: Tensor, mode: str) -> Tensor:
+    """softmax(noisy / temperature) for "relaxed"; its one-hot argmax with the softmax's gradient for "sampled"."""
+    soft = (noisy / temperature).softmax(-1)
+    if mode == "relaxed":
+        return soft
+    hard = F.one_hot(soft.argmax(-1), noisy.size(-1)).to(soft.dtype)
+    return hard + (soft - soft.detach())
+
+
 class Constant(nn.Module):
     """The gate of a layer with one candidate: p = 1, no parameters."""
 
     one: Tensor
+    mode = "fixed"
 
     def __init__(self, rows: int | None = None, device: torch.device | None = None) -> None:
         super().__init__()
@@ -75,6 +81,27 @@ class Constant(nn.Module):
 
     def forward(self) -> Tensor:
         return self.one
+
+
+def probabilities(members: Sequence[Gate | Constant]) -> list[Tensor]:
+    """p of many gates, [1 or C, K] each: what calling them one by one gives, in a few operations for all that have the same K and mode."""
+    alike: dict[tuple[int, str], list[int]] = {}
+    found: list[Tensor | None] = [None] * len(members)
+    for i, gate in enumerate(members):
+        if isinstance(gate, Constant) or gate.mode == "fixed":
+            p = gate()
+            found[i] = p if p.dim() == 2 else p.unsqueeze(0)
+        else:
+            alike.setdefault((gate.logits.size(-1), gate.mode), []).append(i)
+    for (k, mode), picks in alike.items():
+        chosen = [gate for gate in (members[i] for i in picks) if isinstance(gate, Gate)]
+        logits = [gate.logits.view(-1, k) for gate in chosen]
+        noise = torch.cat([gate.noise.view(-1, k) for gate in chosen])
+        temperature = torch.cat([gate.temperature.expand(rows.size(0), 1) for gate, rows in zip(chosen, logits, strict=True)])
+        together = _sharpened(torch.cat(logits).float() + noise, temperature, mode)
+        for i, p in zip(picks, together.split([rows.size(0) for rows in logits]), strict=True):
+            found[i] = p
+    return [p for p in found if p is not None]
 
 
 def make_gate(candidates: int, rows: int | None = None, device: torch.device | None = None) -> Gate | Constant:

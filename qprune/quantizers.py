@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from scipy.optimize import minimize_scalar
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qprune.kernels import IDENTITY, mix_quantize
+from qprune.grids import gaussian_range, input_grid, negative_share, weight_grid
+from qprune.kernels import mix_quantize
 from qprune.space import FLOAT, PRUNED
 
 _TINY = 1e-8
@@ -21,34 +20,25 @@ _STRIDE = 2654435761  # a prime near 2^32 / golden ratio: its multiples spread e
 _LOG_LIMIT = 69.0  # e^±69 = 10^±30: r and 1/r stay finite and positive in float32
 
 
-def weight_grid(kind: str, bits: int) -> tuple[float, float]:
-    """(n, z) of a signed weight quantizer. One bit is the two levels ±r/2 for every kind."""
-    if bits in (PRUNED, FLOAT):
-        return (0.0, 0.0) if bits == PRUNED else (IDENTITY, 0.0)
-    if bits == 1:
-        return 1.0, 0.5
-    if kind == "symmetric":
-        return 2.0 * (2 ** (bits - 1) - 1), 2.0 ** (bits - 1) - 1
-    n = 2.0**bits - 1
-    return n, 2.0 ** (bits - 1) if kind == "lsq" else n / 2
+def _exp(log_range: Tensor) -> Tensor:
+    # F.hardtanh has clamp's values and gradients for less than clamp's overhead
+    return F.hardtanh(log_range.float(), -_LOG_LIMIT, _LOG_LIMIT).exp()
 
 
-def input_grid(bits: int) -> tuple[float, float]:
-    """(n, z) of an activation quantizer: z = 0, since a signed input is expressed by a negative offset."""
-    return {PRUNED: (0.0, 0.0), FLOAT: (IDENTITY, 0.0)}.get(bits, (2.0**bits - 1, 0.0))
+class Candidates(NamedTuple):
+    """What a fused operation needs: β, r and p [1 or C, K] in float32 (float64 for float64 tensors), and K numbers of each other."""
 
+    offset: Tensor
+    range: Tensor
+    p: Tensor
+    steps: list[float]
+    zero_point: list[float]
+    groups: list[int]
+    pass_through: list[int]
 
-@functools.cache
-def gaussian_range(n: float, z: float) -> float:
-    """The range r that minimises E[(x − Q(x))²] for x ~ N(0, 1) (Max 1960 tabulates the same steps r/n)."""
-    x = np.linspace(-6, 6, 6001)
-    density = np.exp(-(x**2) / 2)
-
-    def error(step: float) -> float:
-        q = np.clip(np.round(x / step + z), 0, n) - z
-        return float((density * (x - q * step) ** 2).sum())
-
-    return float(minimize_scalar(error, bounds=(0.5 / (n + 1), 4.0), method="bounded", options={"xatol": 1e-6}).x) * n
+    def mix(self, x: Tensor, axis: int) -> Tensor:
+        """Σ_k p_k Q_k(x), the sums of several groups side by side along dimension 1."""
+        return mix_quantize(x, *self[:5], axis, *self[5:], None)
 
 
 class Quantizer(nn.Module):
@@ -78,15 +68,19 @@ class Quantizer(nn.Module):
 
     def learned_range(self) -> Tensor:
         """exp(log_range), float32: positive and finite whatever an optimizer did."""
-        return self.log_range.float().clamp(-_LOG_LIMIT, _LOG_LIMIT).exp()
+        return _exp(self.log_range)
 
-    def mix(self, x: Tensor, offset: Tensor, r: Tensor, p: Tensor, axis: int, picks: Sequence[int], groups: Sequence[int]) -> Tensor:
-        """One fused pass with the candidates `picks`: offset, r [1 or C, K], p [1 or C, K], in float32 (float64 for float64 x)."""
+    def _candidates(
+        self, x: Tensor, offset: Tensor, r: Tensor, p: Tensor, picks: Sequence[int], groups: Sequence[int] | None
+    ) -> Candidates:
+        """The candidates `picks` with offset, r [1 or C, K] and p [K] or [1 or C, K]."""
+        p = p if p.dim() == 2 else p.unsqueeze(0)
         rows, dtype = max(r.size(0), p.size(0)), torch.float64 if x.dtype == torch.float64 else torch.float32
         # a view that changes nothing would still be a node of autograd
         offset, r, p = (t if t.size(0) == rows else t.expand(rows, -1) for t in (t.to(dtype) for t in (offset, r, p)))
-        steps, zero_point, through = ([values[k] for k in picks] for values in (self.steps, self.zero_point, self.pass_through))
-        return mix_quantize(x, offset, r, p, steps, zero_point, axis, groups, through, None)
+        steps, zero_point = ([values[k] for k in picks] for values in (self.steps, self.zero_point))
+        through, group = [self.pass_through[k] for k in picks], [0] * len(picks) if groups is None else list(groups)
+        return Candidates(offset, r, p, steps, zero_point, group, through)
 
     @property
     def searched(self) -> list[int]:
@@ -100,6 +94,28 @@ class Quantizer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, rows={self.log_range.size(0)}"
+
+
+def learned_ranges(quantizers: Sequence[Quantizer]) -> list[Tensor]:
+    """`learned_range` of many quantizers, in a few operations for all that have the same K."""
+    alike: dict[int, list[int]] = {}
+    for i, quantizer in enumerate(quantizers):
+        alike.setdefault(len(quantizer.bits), []).append(i)
+    found: dict[int, Tensor] = {}
+    for picks in alike.values():
+        rows = [quantizers[i].log_range for i in picks]
+        together = _exp(torch.cat(rows))
+        found.update(zip(picks, together.split([t.size(0) for t in rows]), strict=True))
+    return [found[i] for i in range(len(quantizers))]
+
+
+def spread(r: Tensor, picks: Sequence[int]) -> Tensor:
+    """Columns `picks` of r [rows, K], with gradients that are summed in a fixed order."""
+    k = r.size(1)
+    each = len(picks) // k
+    if list(picks) == [i for i in range(k) for _ in range(each)]:
+        return r if each == 1 else r.unsqueeze(2).expand(-1, -1, each).flatten(1)
+    return torch.cat([r[:, i : i + 1] for i in picks], dim=1)
 
 
 class WeightQuantizer(Quantizer):
@@ -128,9 +144,9 @@ class WeightQuantizer(Quantizer):
         for k in self.searched:
             self.log_range[:, k] = (rms * gaussian_range(self.steps[k], self.zero_point[k])).log()
 
-    def ranges(self, weight: Tensor) -> Tensor:
-        """r [rows, K]."""
-        r = self.learned_range()
+    def ranges(self, weight: Tensor, learned: Tensor | None = None) -> Tensor:
+        """r [rows, K]; learned: what `learned_range` gives, if it is known already."""
+        r = self.learned_range() if learned is None else learned
         if 1 not in self.bits:
             return r
         magnitude = weight.detach().float().abs()
@@ -138,25 +154,19 @@ class WeightQuantizer(Quantizer):
         binary = (2 * mean).clamp_min(_TINY).unsqueeze(1)
         return torch.cat([binary if b == 1 else r[:, k : k + 1] for k, b in enumerate(self.bits)], dim=1)
 
+    def candidates(self, weight: Tensor, p: Tensor, picks: Sequence[int] | None = None, groups: Sequence[int] | None = None) -> Candidates:
+        """The candidates with p [K] or [F, K] for weight [F, C, …]; picks and groups as in `forward`."""
+        picks = range(len(self.bits)) if picks is None else picks
+        r = spread(self.ranges(weight), picks)
+        return self._candidates(weight, torch.zeros_like(r), r, p, picks, groups)
+
     def forward(self, weight: Tensor, p: Tensor, picks: Sequence[int] | None = None, groups: Sequence[int] | None = None) -> Tensor:
         """Σ_k p_k Q_k(weight). weight [F, C, …], p [K] or [F, K].
 
         With joint candidates, picks[i] is the weight candidate of pair i and groups[i] the number of its activation quantizer; p has one
         column per pair, and the result is [F, M·C, …].
         """
-        r = self.ranges(weight)
-        picks = range(len(self.bits)) if picks is None else picks
-        if list(picks) != list(range(len(self.bits))):
-            r = torch.cat([r[:, k : k + 1] for k in picks], dim=1)
-        group = [0] * len(picks) if groups is None else groups
-        return self.mix(weight, torch.zeros_like(r), r, p if p.dim() == 2 else p.unsqueeze(0), 0, picks, group)
-
-
-def _negative_share(bits: int) -> float:
-    """The part of a signed activation's range that lies below zero: 2^(b−1) of 2^b − 1 steps (two's complement); half for one bit."""
-    if bits in (PRUNED, FLOAT):
-        return 0.0
-    return 0.5 if bits == 1 else 2.0 ** (bits - 1) / (2.0**bits - 1)
+        return self.candidates(weight, p, picks, groups).mix(weight, axis=0)
 
 
 class InputQuantizer(Quantizer):
@@ -177,7 +187,7 @@ class InputQuantizer(Quantizer):
         super().__init__(bits, [input_grid(b) for b in bits], 1, device)
         self.kind = kind
         self.register_buffer("signed", torch.zeros((), device=device))
-        below = [[_negative_share(b) for b in bits]]
+        below = [[negative_share(b) for b in bits]]
         self.register_buffer("negative_share", torch.tensor(below, device=device), persistent=False)
         if kind == "lsq+":
             self._learn("offset", torch.zeros(1, len(self.bits), device=device))
@@ -231,7 +241,7 @@ class InputQuantizer(Quantizer):
         spread = (flat != 0).any()
         fractions = torch.linspace(0.02, 1.0, 50, device=flat.device) ** 1.5
         for k in self.searched:
-            n, below = self.steps[k], _negative_share(self.bits[k])
+            n, below = self.steps[k], negative_share(self.bits[k])
             if self.kind == "lsq+":
                 r = (high.clamp_min(0) - low.clamp_max(0)).clamp_min(_TINY) * fractions
                 beta = low.clamp_max(0) * fractions
@@ -244,14 +254,22 @@ class InputQuantizer(Quantizer):
             if self.kind == "lsq+":
                 self.offset[:, k] = _mean_over_ranks(beta.index_select(0, best))
 
-    def forward(self, x: Tensor, p: Tensor, split: bool = False) -> Tensor:
-        """Σ_k p_k Q_k(x) for x [N, C, …] and p [K] or [C, K]; with `split`, all Q_k(x) side by side along dimension 1 and p is not used."""
+    def candidates(self, x: Tensor, p: Tensor | None, learned: Tensor | None = None) -> Candidates:
+        """The candidates for the input x, from which ranges are set if this is the first training batch.
+
+        p        [K] or [C, K] for one mixture; None for all Q_k(x) on their own, K groups with p = 1
+        learned  what `learned_range` gives, if it is known already
+        """
         if not self.calibrated and self.training:
             self.calibrate(x)
-        r, k = self.learned_range(), len(self.bits)
-        coefficients = torch.ones_like(r) if split else p if p.dim() == 2 else p.unsqueeze(0)
-        groups = range(k) if split else [0] * k
-        return self.mix(x, self.offsets(r), r, coefficients, 1, range(k), list(groups))
+            learned = None
+        r = self.learned_range() if learned is None else learned
+        k = range(len(self.bits))
+        return self._candidates(x, self.offsets(r), r, torch.ones_like(r) if p is None else p, k, k if p is None else None)
+
+    def forward(self, x: Tensor, p: Tensor | None, learned: Tensor | None = None) -> Tensor:
+        """Σ_k p_k Q_k(x) for x [N, C, …] and p [K] or [C, K]; all Q_k(x) side by side along dimension 1 for p = None."""
+        return self.candidates(x, p, learned).mix(x, axis=1)
 
 
 def sample_values(x: Tensor) -> Tensor:

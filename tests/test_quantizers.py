@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qprune.quantizers import InputQuantizer, WeightQuantizer, gaussian_range, input_grid, sample_values, weight_grid
+from qprune.grids import gaussian_range, input_grid, weight_grid
+from qprune.quantizers import InputQuantizer, WeightQuantizer, sample_values
 
 KINDS = pytest.mark.parametrize("kind", ["lsq", "symmetric", "dorefa"])
 INPUTS = pytest.mark.parametrize("kind", ["pact", "lsq+"])

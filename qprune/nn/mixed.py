@@ -7,8 +7,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qprune.convolution import depthwise_conv2d, joint_conv2d, mixed_already, split_for_groups, window_of
 from qprune.errors import SpaceError
 from qprune.gates import make_gate
+from qprune.kernels import ConvGeometry, routes
 from qprune.nn.mixing import Mixing, check_input
 from qprune.nn.surgery import take_over
 from qprune.quantizers import InputQuantizer
@@ -39,9 +41,33 @@ class MixedConv2d(Mixing, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         check_input(self, input, (3, 4), self.in_channels, -3)
-        mixed, weight = self.mix(input if input.dim() == 4 else input.unsqueeze(0))
-        y = self._conv_forward(mixed, weight, self.bias)
+        y = self._convolve(input if input.dim() == 4 else input.unsqueeze(0))
         return y if input.dim() == 4 else y.squeeze(0)
+
+    def _convolve(self, x: Tensor) -> Tensor:
+        window, depthwise = window_of(self), self.groups == self.in_channels == self.out_channels > 1
+        if window is not None and depthwise and routes.depthwise(x):
+            return self._depthwise(x, window)
+        ready = self.prepared()
+        if window is None or not self.space.joint:
+            mixed = self.mixed_input(x, ready)
+            m = len(self.space.a_bits) if self.space.joint else 1
+            return self._conv_forward(split_for_groups(mixed, m, self.groups), ready.weight, self.bias)
+        a = self.input_quantizer.candidates(x, None, ready.input_range)
+        mode = self.weight_gate.mode
+        choice = None if mode == "relaxed" else self.quantizer_of_pair[ready.p.argmax(-1)].expand(self.out_channels)
+        return joint_conv2d(x, ready.weight, a, self.bias, window, choice, all_groups=mode != "fixed")
+
+    def _depthwise(self, x: Tensor, window: ConvGeometry) -> Tensor:
+        ready = self.ready
+        if ready is None:
+            p = self.weight_gate()
+            w = self.weight_quantizer.candidates(self.weight, p, *([self.picks, self.pair_groups] if self.space.joint else []))
+            input_p = None if self.input_gate is None else self.input_gate()
+            a = self.input_quantizer.candidates(x, input_p)
+            return depthwise_conv2d(x, self.weight, a, w, self.bias, window)
+        a = self.input_quantizer.candidates(x, ready.input_p, ready.input_range)
+        return depthwise_conv2d(x, ready.weight, a, mixed_already(ready.weight), self.bias, window)
 
 
 class MixedLinear(Mixing, nn.Linear):
@@ -59,8 +85,9 @@ class MixedLinear(Mixing, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         check_input(self, input, tuple(range(1, 9)), self.in_features, -1)
-        mixed, weight = self.mix(input.reshape(-1, self.in_features))
-        return F.linear(mixed, weight, self.bias).reshape(*input.shape[:-1], self.out_features)
+        ready = self.prepared()
+        mixed = self.mixed_input(input.reshape(-1, self.in_features), ready)
+        return F.linear(mixed, ready.weight, self.bias).reshape(*input.shape[:-1], self.out_features)
 
 
 class MixedActivation(nn.Module):

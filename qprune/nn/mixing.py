@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,6 +43,22 @@ class QuantizedLayer(nn.Module):
             self.input_quantizer.restart()
 
 
+@dataclass(frozen=True)
+class Ready:
+    """What a mixed layer needs besides its input.
+
+    weight       Σ_k p_k Q_k(W) [F, C/g, …]; for joint candidates the M sums V_m side by side
+    p            of the weight gate
+    input_p      of the input gate; None for joint candidates
+    input_range  r of the input quantizer [1, K_a], or None: to be taken from it
+    """
+
+    weight: Tensor
+    p: Tensor
+    input_p: Tensor | None = None
+    input_range: Tensor | None = None
+
+
 class Mixing(QuantizedLayer):
     """Mixin of MixedConv2d and MixedLinear: y = layer(Σ_j r_j A_j(x), Σ_k p_k Q_k(W)) with factorised candidates, and the sum over pairs,
     collapsed to one convolution over M·C input channels, with joint ones.
@@ -49,7 +66,11 @@ class Mixing(QuantizedLayer):
     weight_gate, input_gate   p over w_bits ([K] or [F, K]) and over a_bits ([K]); with joint candidates weight_gate is over pairs and
                               input_gate is None
     weight_quantizer, input_quantizer
+    ready                     set while `Premix` mixes the weights of the whole network at once
     """
+
+    quantizer_of_pair: Tensor
+    ready: Ready | None = None
 
     def setup_mixing(self, space: SearchSpace) -> None:
         """Add gates and quantizers for `space` to a layer whose weight exists."""
@@ -64,31 +85,23 @@ class Mixing(QuantizedLayer):
         self.input_gate = None if space.joint else make_gate(len(space.a_bits), None, device)
         self.picks = [space.w_bits.index(w) for w, _ in space.candidates]
         self.pair_groups = [space.a_bits.index(a) for _, a in space.candidates]
+        self.register_buffer("quantizer_of_pair", torch.tensor(self.pair_groups, device=device), persistent=False)
         self.weight_quantizer.start(self.weight)
 
-    def mix(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The mixed input [N, C, …] and weight [F, C/g, …]; both with M times the input channels for joint candidates."""
+    def prepared(self) -> Ready:
+        """The mixed weight and the coefficients: those that `Premix` made for the whole network, else made here."""
+        if self.ready is not None:
+            return self.ready
         p = self.weight_gate()
-        if self.input_gate is not None:
-            return self._mix_input(x), self.weight_quantizer(self.weight, p)
-        weight = self.weight_quantizer(self.weight, p, self.picks, self.pair_groups)
-        return self._split_input(x), weight
+        if self.input_gate is None:
+            return Ready(self.weight_quantizer(self.weight, p, self.picks, self.pair_groups), p)
+        return Ready(self.weight_quantizer(self.weight, p), p, self.input_gate())
 
-    def _mix_input(self, x: Tensor) -> Tensor:
+    def mixed_input(self, x: Tensor, ready: Ready) -> Tensor:
+        """Σ_a r_a A_a(x) with factorised candidates; [A_1(x) … A_M(x)] along dimension 1 with joint ones."""
         if self.space.a_bits == (FLOAT,):
             return x
-        assert self.input_gate is not None
-        return self.input_quantizer(x, self.input_gate())  # type: ignore[no-any-return]
-
-    def _split_input(self, x: Tensor) -> Tensor:
-        """[A_1(x) … A_M(x)] along dimension 1, in the order that a convolution with groups expects: [group, m, channel of the group]."""
-        out: Tensor = self.input_quantizer(x, self.weight_gate(), split=True)
-        m, groups = len(self.space.a_bits), getattr(self, "groups", 1)
-        if m == 1 or groups == 1:
-            return out
-        if out.dim() == 4 and out.is_contiguous(memory_format=torch.channels_last) and not out.is_contiguous():
-            return out.movedim(1, 3).unflatten(3, (m, groups, -1)).transpose(3, 4).flatten(3, 5).movedim(3, 1)
-        return out.unflatten(1, (m, groups, -1)).transpose(1, 2).flatten(1, 3)
+        return self.input_quantizer(x, ready.input_p, ready.input_range)  # type: ignore[no-any-return]
 
     def filter_probabilities(self) -> Tensor:
         """p over (weight candidate, activation candidate) per filter: [F, K_w, K_a] or [1, K_w, K_a] when all filters share one choice."""

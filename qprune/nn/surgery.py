@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 Layer = TypeVar("Layer", bound=nn.Module)
 _MODULES = ("weight_gate", "input_gate", "weight_quantizer", "input_quantizer")
+_BUFFERS = ("one_hot", "quantizer_of_pair")
 _SETTINGS = ("space", "picks", "pair_groups", "layer_name", "w_bits", "a_bits", "quantizer_names")
 
 
@@ -40,8 +41,9 @@ def plain(layer: nn.Module) -> nn.Module:
         for name in (*_MODULES, *_SETTINGS):
             stripped._modules.pop(name, None)
             stripped.__dict__.pop(name, None)
-        stripped._buffers.pop("one_hot", None)
-        stripped._non_persistent_buffers_set.discard("one_hot")
+        for name in _BUFFERS:
+            stripped._buffers.pop(name, None)
+            stripped._non_persistent_buffers_set.discard(name)
 
     for base in (nn.Conv2d, nn.Linear):
         if isinstance(layer, base) and type(layer) is not base and type(layer).__module__.startswith("qprune."):

@@ -24,7 +24,7 @@ from qprune.search.edmips import EdMIPS
 from qprune.search.method import Closure, Method, StepResult
 from qprune.search.optimizers import Optimizers
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (EdMIPS, Darts)}
+METHODS: dict[str, type[Method]] = {"edmips": EdMIPS, "darts": Darts}
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 

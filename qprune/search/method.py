@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from qprune.cost import Cost, cost
 from qprune.errors import NonFiniteError
 from qprune.health import first_nonfinite_layer
+from qprune.nn.premix import Premix
 from qprune.search.constraint import Constraint
 from qprune.search.optimizers import Optimizers
 
@@ -37,6 +38,7 @@ class Method:
 
     def __init__(self, model: nn.Module, constraint: Constraint, optimizers: Optimizers, convention: str) -> None:
         self.model, self.constraint, self.optimizers, self.convention = model, constraint, optimizers, convention
+        self.premix = Premix(model)
         self.steps = 0
 
     def step(self, closure: Closure, arch_closure: Closure | None = None) -> StepResult:
@@ -47,7 +49,8 @@ class Method:
 
     def finite_loss(self, closure: Closure) -> Tensor:
         """The task loss. Raises NonFiniteError, before anything is updated, if it is NaN or infinite."""
-        loss = closure(self.model)
+        with self.premix:
+            loss = closure(self.model)
         if not bool(torch.isfinite(loss)):
             layer = first_nonfinite_layer(self.model, lambda: closure(self.model))
             raise NonFiniteError(self.steps, layer, loss.item())
