@@ -66,7 +66,8 @@ def mixed_already(weight: Tensor) -> Candidates:
 
 def depthwise_conv2d(x: Tensor, weight: Tensor, a: Candidates, w: Candidates, bias: Tensor | None, window: ConvGeometry) -> Tensor:
     """Σ_m conv(X_m, V_m) + bias with one channel per group, X_m and V_m mixed from x and weight while they are convolved."""
+    per_tensor = (t.flatten() for t in (a.offset, a.range, a.p))
     y = kernels.mixed_depthwise(
-        x, weight, *a[:6], *w, window.stride, window.padding, window.dilation
+        x, weight, *per_tensor, a.steps, a.zero_point, a.groups, *w, window.stride, window.padding, window.dilation
     )  # fmt: skip
     return y if bias is None else y + bias.to(y.dtype).view(-1, 1, 1)
