@@ -32,13 +32,18 @@ class Shape:
     sampled: bool = False
 
 
+def check(route: str | None) -> None:
+    """Raise InputError unless route is one of ROUTES or None."""
+    if route is not None and route not in ROUTES:
+        raise InputError(f"route: expected one of {', '.join(ROUTES)}, got {route!r}")
+
+
 class forced:
     """Send every joint or depthwise convolution one way, whatever its shape: `with forced("library"): …`; None gives the choice back to the table."""
 
     def __init__(self, route: str | None) -> None:
         global _forced
-        if route is not None and route not in ROUTES:
-            raise InputError(f"route: expected one of {', '.join(ROUTES)}, got {route!r}")
+        check(route)
         self.previous = _forced
         _forced = route
 

@@ -37,17 +37,25 @@ def split_for_groups(separate: Tensor, m: int, groups: int) -> Tensor:
 
 
 def joint_conv2d(
-    x: Tensor, weight: Tensor, a: Candidates, bias: Tensor | None, window: ConvGeometry, choice: Tensor | None, all_groups: bool
+    x: Tensor,
+    weight: Tensor,
+    a: Candidates,
+    bias: Tensor | None,
+    window: ConvGeometry,
+    choice: Tensor | None,
+    all_groups: bool,
+    route: str | None = None,
 ) -> Tensor:
     """Σ_m conv(A_m(x), V_m) + bias, [N, F, OH, OW].
 
     x, weight  [N, C, H, W], [F, M·C/groups, kh, kw] with V_1 … V_M side by side
     a          the M activation quantizers, one group each
     choice     [F] int64 if every filter has one quantizer only; all_groups: whether its weight needs a gradient in the others too
+    route      "library", "fused", or None: what kernels.routes says
     """
     m, taps = len(a.steps), weight.size(2) * weight.size(3)
     shape = routes.Shape(taps, x.size(1) // window.groups, weight.size(0) // window.groups, m, choice is not None)
-    if routes.joint(shape, x) == "fused":
+    if (route or routes.joint(shape, x)) == "fused":
         y = kernels.mixed_conv2d(
             x, weight, a.offset.flatten(), a.range.flatten(), a.steps, a.zero_point, choice, all_groups,
             window.stride, window.padding, window.dilation, window.groups,
