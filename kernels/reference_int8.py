@@ -28,7 +28,7 @@ def weight_codes(weight: Tensor, range: Tensor, steps: Tensor, zero_point: Tenso
 
     Returns codes [F, C/g, kh, kw] int8 (channels_last in memory), total [F] int32 (the sums of codes), scale [F] float32. scale · codes is
     what `reference.mix_quantize` gives for the same candidates. Codes are q − z with scale d, or 2q − 2z with scale d/2 for a half-integer
-    z. Filters of 0 steps have codes and scale 0.
+    z. Filters of 0 steps have codes and scale 0. A filter with a NaN has scale NaN, since codes cannot say so.
     """
     column = (-1, *[1] * (weight.dim() - 1))
     n, z = torch.where(steps > 0, steps, 1.0), zero_point.to(torch.float32)
@@ -37,7 +37,7 @@ def weight_codes(weight: Tensor, range: Tensor, steps: Tensor, zero_point: Tenso
     q = torch.round(u.clamp(0, 1) * n.view(column))
     codes = ((q - z.view(column)) * torch.where(steps > 0, doubled, 0.0).view(column)).to(torch.int8)
     codes = codes.contiguous(memory_format=torch.channels_last)
-    scale = torch.where(steps > 0, range / n / doubled, 0.0)
+    scale = torch.where(steps > 0, range / n / doubled, 0.0).masked_fill(weight.isnan().flatten(1).any(1), torch.nan)
     return codes, codes.flatten(1).sum(1, dtype=torch.int32), scale
 
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from interpreter import DEVICE, interpret  # noqa: F401
 from torch import Tensor
 
+from qprune.grids import weight_grid
 from qprune.kernels import InputError, QPruneError, backend, int8_ops, launch, launch_int8, reference, reference_int8
 from qprune.kernels.launch_int8 import Shape
 
@@ -34,17 +35,6 @@ def _poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(int8_ops, "empty_output", poisoned)
     yield
-
-
-def weight_grid(kind: str, bits: int) -> tuple[float, float]:
-    if bits == 0:
-        return 0.0, 0.0
-    if bits == 1:
-        return 1.0, 0.5
-    if kind == SYMMETRIC:
-        return 2.0 * (2 ** (bits - 1) - 1), 2.0 ** (bits - 1) - 1
-    n = 2.0**bits - 1
-    return n, 2.0 ** (bits - 1) if kind == LSQ else n / 2
 
 
 @dataclass(frozen=True)
@@ -202,6 +192,12 @@ def test_weight_codes_are_the_codes_of_mix_quantize(kind: str, bits: range) -> N
         assert torch.equal(total, codes.double().sum((1, 2, 3)).int())
         assert not codes[1::2].any()
         assert codes[::2].amax() > codes[::2].amin()
+
+
+def test_a_weight_that_is_nan_is_seen() -> None:
+    p = problem(next(c for c in CASES if c.name == "3x3"))
+    p.weight[3, 5, 1, 1] = torch.nan
+    assert p.run("reference").isnan().flatten(2).all(2).tolist() == [[f == 3 for f in range(20)]] * 2
 
 
 def test_which_weight_grids_fit() -> None:

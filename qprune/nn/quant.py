@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qprune.errors import SpaceError
+from qprune.nn import integer
 from qprune.nn.mixing import Mixing, QuantizedLayer, check_input
 from qprune.nn.surgery import plain, take_over
 from qprune.quantizers import InputQuantizer, Quantizer, WeightQuantizer
@@ -92,9 +93,16 @@ class QuantConv2d(Quantizing, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         check_input(self, input, (3, 4), self.in_channels, -3)
-        quantized, weight = self.quantize(input if input.dim() == 4 else input.unsqueeze(0))
-        y = self._conv_forward(quantized, weight, self.bias)
+        x = input if input.dim() == 4 else input.unsqueeze(0)
+        y = integer.conv2d(self, x)
+        if y is None:
+            quantized, weight = self.quantize(x)
+            y = self._conv_forward(quantized, weight, self.bias)
         return y if input.dim() == 4 else y.squeeze(0)
+
+    def train(self, mode: bool = True) -> QuantConv2d:
+        integer.forget(self)
+        return super().train(mode)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + self.bits_repr()
