@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from qprune.constants import constant
 from qprune.conventions import CONVENTIONS, Convention
 from qprune.errors import BudgetError, InputError
 from qprune.geometry import ExampleInputs, Geometry, LayerGeometry, trace_geometry, weighted_layers
@@ -29,8 +30,8 @@ class Choice:
 
     def pruned(self) -> Tensor:
         """The probability of 0 bits per filter, [F] or [1]."""
-        rows = [k for k, b in enumerate(self.w_bits) if b == PRUNED]
-        return self.p[:, rows].sum((1, 2))
+        is_pruned = constant(tuple(float(b == PRUNED) for b in self.w_bits), self.p.dtype, self.p.device)
+        return (self.p.sum(2) * is_pruned).sum(1)
 
 
 FLOAT_CHOICE = Choice((FLOAT,), (FLOAT,), torch.ones(1, 1, 1, dtype=torch.float64))
@@ -146,12 +147,12 @@ def kept_inputs(geometry: Geometry, pruned: Mapping[str, Tensor]) -> dict[str, T
         gone = torch.ones(())
         for name, filters in group.producers.items():
             p = pruned[name]
-            gone = gone * (p[list(filters)] if p.numel() > 1 else p.expand(group.size))
+            gone = gone * (p[constant(tuple(filters), torch.int64, p.device)] if p.numel() > 1 else p.expand(group.size))
         for name, pairs in group.consumers.items():
             if name in group.producers:
                 continue  # a layer that reads itself: its own choice is not independent of what is there
-            index = torch.tensor([i for i, _ in pairs], device=gone.device)
-            source = gone[[r for _, r in pairs]]
+            index, row = (constant(column, torch.int64, gone.device) for column in zip(*pairs, strict=True))
+            source = gone[row]
             kept[name] = kept.get(name, source.new_ones(geometry.layers[name].channels)).index_add(0, index, -source)
     return {name: channels.view(geometry.layers[name].groups, -1).sum(1) for name, channels in kept.items()}
 
@@ -171,10 +172,10 @@ def evaluate(geometry: Geometry, choices: Mapping[str, Choice], convention: Conv
 def layer_cost(layer: LayerGeometry, choice: Choice, kept: Tensor | None, convention: Convention) -> LayerCost:
     """One layer's expected cost; kept = the input channels that are there, per convolution group (None: all)."""
     p, device = choice.p, choice.p.device
-    w = torch.tensor(choice.w_bits, dtype=torch.float64, device=device).view(1, -1, 1)
-    a = torch.tensor(choice.a_bits, dtype=torch.float64, device=device).view(1, 1, -1)
+    w = constant(choice.w_bits, torch.float64, device).view(1, -1, 1)
+    a = constant(choice.a_bits, torch.float64, device).view(1, 1, -1)
     if kept is None:
-        kept = torch.tensor([float(layer.inputs)], dtype=torch.float64, device=device)
+        kept = constant((float(layer.inputs),), torch.float64, device)
     inputs = kept.double().view(-1, 1, 1)
     sharing = layer.filters // len(inputs)
     mass = p.view(len(inputs), sharing, *p.shape[1:]).sum(1) if p.size(0) > 1 else p * sharing

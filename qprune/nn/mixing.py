@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qprune.constants import constant
 from qprune.errors import InputError, SpaceError
 from qprune.gates import make_gate
 from qprune.quantizers import InputQuantizer, WeightQuantizer
@@ -110,5 +111,5 @@ class Mixing(QuantizedLayer):
         if self.input_gate is not None:
             return p.unsqueeze(2) * self.input_gate()
         table = p.new_zeros(p.size(0), len(self.space.w_bits) * len(self.space.a_bits))
-        cell = torch.tensor([w * len(self.space.a_bits) + a for w, a in zip(self.picks, self.pair_groups)], device=p.device)
+        cell = constant(tuple(w * len(self.space.a_bits) + a for w, a in zip(self.picks, self.pair_groups)), torch.int64, p.device)
         return table.index_add(1, cell, p).unflatten(1, (len(self.space.w_bits), len(self.space.a_bits)))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from qprune.cost import Cost
+from qprune.search.expected import Expected
 
 
 class Constraint:
@@ -16,7 +16,7 @@ class Constraint:
     The logarithm makes the pull independent of how far above the budget a search starts. While the expected cost is above the limit λ
     grows; below it λ shrinks towards 0, so a met budget costs nothing. The budget itself is kept by `allocate`, whatever this term reached.
 
-    limits  name of a Cost's field → limit
+    limits  name of a field of Expected → limit
     rate    dual step size, per optimizer step
     rho     weight of the quadratic term
     """
@@ -25,7 +25,7 @@ class Constraint:
         self.limits, self.rate, self.rho = dict(limits), rate, rho
         self.multipliers = dict.fromkeys(self.limits, start)
 
-    def slack(self, cost: Cost) -> dict[str, Tensor]:
+    def slack(self, cost: Expected) -> dict[str, Tensor]:
         """s per limit; positive above the budget."""
         return {name: torch.log(getattr(cost, name) / limit) for name, limit in self.limits.items()}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,11 +11,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from qprune.cost import Cost, cost
 from qprune.errors import NonFiniteError
 from qprune.health import first_nonfinite_layer
 from qprune.nn.premix import Premix
 from qprune.search.constraint import Constraint
+from qprune.search.expected import ExpectedCost
 from qprune.search.optimizers import Optimizers
 
 Closure = Callable[[nn.Module], Tensor]
@@ -44,8 +45,9 @@ class Method:
     def step(self, closure: Closure, arch_closure: Closure | None = None) -> StepResult:
         raise NotImplementedError
 
-    def expected_cost(self) -> Cost:
-        return cost(self.model, convention=self.convention)
+    @functools.cached_property
+    def expected_cost(self) -> ExpectedCost:
+        return ExpectedCost(self.model, self.convention)
 
     def finite_loss(self, closure: Closure) -> Tensor:
         """The task loss. Raises NonFiniteError, before anything is updated, if it is NaN or infinite."""
