@@ -52,13 +52,13 @@ def input_code(b_x, inverse, shift, magic, N: tl.constexpr):
     return (b_u * N + magic).to(tl.int32, bitcast=True).to(tl.int8)
 
 
-@triton.jit(do_not_specialize=["pixels", "height", "width", "padded_h", "padded_w", "pad_h", "pad_w"])
+@triton.jit(do_not_specialize=["rows", "height", "width", "padded_h", "padded_w", "pad_h", "pad_w"])
 def encode_kernel(
     p_x,  # [N, C, H, W], any float type, any strides
     p_s,  # [N, H + 2·pad_h, W + 2·pad_w, C] int8
     p_offset,  # [1] float32
     p_range,  # [1] float32
-    pixels,
+    rows,
     channels,
     height,
     width,
@@ -71,24 +71,22 @@ def encode_kernel(
     x_h,
     x_w,
     N: tl.constexpr,
-    BP: tl.constexpr,
+    BR: tl.constexpr,
+    BW: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """The codes s of x with a border of codes of zero. Reads x once and writes a byte per element."""
+    """The codes s of x with a border of codes of zero. Reads x once and writes a byte per element; a program owns BR rows of BW columns."""
     inverse, shift, _, e, magic = load_input_quantizer(p_offset, p_range, N)
-    i_p = tl.program_id(0) * BP
-    o_p = i_p + tl.arange(0, BP)
-    o_c = tl.program_id(1) * BC + tl.arange(0, BC)[None, :]
-    o_n = o_p // (padded_h * padded_w)
-    o_h = o_p // padded_w % padded_h - pad_h
-    o_w = o_p % padded_w - pad_w
-    m_p = (o_p < pixels)[:, None]
-    m_in = ((o_h >= 0) & (o_h < height) & (o_w >= 0) & (o_w < width))[:, None]
-    m_c = o_c < channels
-    o_x = (o_n.to(tl.int64) * x_n + o_h.to(tl.int64) * x_h + o_w.to(tl.int64) * x_w)[:, None]
-    b_x = tl.load(p_x + o_x + o_c.to(tl.int64) * x_c, mask=m_p & m_in & m_c, other=0.0)
-    b_s = tl.where(m_in, input_code(b_x, inverse, shift, magic, N), (-e).to(tl.int8))
-    tl.store(p_s + o_p.to(tl.int64)[:, None] * channels + o_c, b_s, mask=m_p & m_c)
+    o_r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)[:, None, None]
+    o_w = tl.program_id(1) * BW + tl.arange(0, BW)[None, :, None]
+    o_c = tl.program_id(2) * BC + tl.arange(0, BC)[None, None, :]
+    o_h = o_r % padded_h - pad_h
+    m_s = (o_r < rows) & (o_w < padded_w) & (o_c < channels)
+    m_x = (o_h >= 0) & (o_h < height) & (o_w >= pad_w) & (o_w < width + pad_w)
+    o_x = o_r // padded_h * x_n + o_h * x_h + (o_w - pad_w).to(tl.int64) * x_w + o_c.to(tl.int64) * x_c
+    b_s = input_code(tl.load(p_x + o_x, mask=m_s & m_x, other=0.0), inverse, shift, magic, N)
+    b_s = tl.where(m_x, b_s, (-e).to(tl.int8))
+    tl.store(p_s + (o_r * padded_w + o_w) * channels + o_c, b_s, mask=m_s)
 
 
 @triton.jit(do_not_specialize=["batch", "out_w", "height", "width", "stride_h", "stride_w", "dilation_h", "dilation_w"])
@@ -173,7 +171,7 @@ def conv_int8_kernel(
 
 
 def encode_constants(tile: EncodeTile, steps: float) -> dict[str, Any]:
-    return {"N": steps, "BP": tile.encode_pixels, "BC": tile.encode_channels}
+    return {"N": steps, "BR": tile.encode_rows, "BW": tile.encode_width, "BC": tile.encode_channels}
 
 
 def product_constants(shape: Shape, tile: ProductTile, steps: float, bias: bool) -> dict[str, Any]:
@@ -186,11 +184,11 @@ def product_constants(shape: Shape, tile: ProductTile, steps: float, bias: bool)
 def _encode(x: Tensor, offset: Tensor, range: Tensor, steps: float, shape: Shape) -> Tensor:
     """The codes of x with their border: [N, H + 2·pad_h, W + 2·pad_w, C] int8 in a flat tensor."""
     tile = launch_int8.encode(shape, device_of(x))
-    pixels = shape.batch * shape.padded[0] * shape.padded[1]
-    codes = torch.empty(pixels * shape.channels + launch_int8.SLACK, dtype=torch.int8, device=x.device)
-    grid = (triton.cdiv(pixels, tile.encode_pixels), triton.cdiv(shape.channels, tile.encode_channels))
-    encode_kernel[grid](
-        x, codes, offset, range, pixels, shape.channels, shape.height, shape.width, *shape.padded, *shape.padding, *x.stride(),
+    rows, width = shape.batch * shape.padded[0], shape.padded[1]
+    codes = torch.empty(rows * width * shape.channels + launch_int8.SLACK, dtype=torch.int8, device=x.device)
+    blocks = ((rows, tile.encode_rows), (width, tile.encode_width), (shape.channels, tile.encode_channels))
+    encode_kernel[tuple(triton.cdiv(n, block) for n, block in blocks)](
+        x, codes, offset, range, rows, shape.channels, shape.height, shape.width, *shape.padded, *shape.padding, *x.stride(),
         **encode_constants(tile, steps), num_warps=tile.encode_warps, enable_fp_fusion=True,
     )  # fmt: skip
     return codes

@@ -47,13 +47,18 @@ def quant_conv2d_int8(
 
     Returns [N, F, OH, OW] in x's memory format and dtype (or `dtype`). Equal to the convolution of the dequantized tensors up to float32
     rounding. A NaN in x counts as the lowest level: integers cannot carry it.
-    Raises InputError for more than 65,536 terms per sum, 2³¹ positions or 255 steps; QPruneError where a gradient is needed.
+    Raises InputError for shapes that do not match, and for more than 65,536 terms per sum, 2³¹ positions or 255 steps; QPruneError where a
+    gradient is needed.
     """
     if not 0 < steps <= 255:
         raise InputError(f"quant_conv2d_int8: codes of the input must fit 8 bits, that is 1 to 255 steps, got {steps}")
     if (terms := math.prod(codes.shape[1:])) > MAX_SUM:
         raise InputError(f"quant_conv2d_int8: sums of {terms} products may not fit 32 bits; at most {MAX_SUM}")
     shape = _shape(x, codes, stride, padding, dilation, groups)
+    if x.size(1) != groups * codes.size(1) or codes.size(0) % groups:
+        raise InputError(f"quant_conv2d_int8: x {tuple(x.shape)} and codes {tuple(codes.shape)} do not match with groups = {groups}")
+    if min(shape.out) < 1:
+        raise InputError(f"quant_conv2d_int8: a padded input of {shape.padded} is too small for the kernel {shape.kernel}")
     if (positions := max(shape.rows, shape.batch * math.prod(shape.padded))) >= 2**31 - 2**16:
         raise InputError(f"quant_conv2d_int8: {positions} positions are too many for one call: split the batch")
     # torch.ops is reached through attributes that type checkers do not know

@@ -7,8 +7,8 @@ codes of one filter row lie side by side in memory if there is one group and no 
     else                                       kh·kw runs of C/g
 
 Two ways to get the codes of the input: a pass that writes them, padding included, which the product then reads without masks; or, for 1×1
-kernels, quantization of the tile in registers. The second moves 2 bytes less per element (about 0.47 ps of an H200's memory) and repeats
-about 3.5 instructions for every block of filters (0.1 ps), so it is taken up to 4 blocks of filters.
+kernels, quantization of the tile in registers. The second moves 2 bytes less per element (0.47 ps of an H200's memory) and repeats 6
+instructions for every block of filters (0.18 ps, beside the memory's time), so it is taken up to 4 blocks of filters.
 """
 
 from __future__ import annotations
@@ -94,9 +94,10 @@ class ProductTile:
 @pinnable
 @dataclass(frozen=True)
 class EncodeTile:
-    """Blocks of positions and channels of one program that writes codes."""
+    """Blocks of rows (padding included), columns and channels of one program that writes codes."""
 
-    encode_pixels: int
+    encode_rows: int
+    encode_width: int
     encode_channels: int
     encode_warps: int
 
@@ -132,7 +133,7 @@ def _product(shape: Shape, channels_last: bool, itemsize: int, device: Device) -
             block_m, block_n, warps = m, n, w
             break
     inline = inline and _cdiv(filters, block_n) <= _INLINE_BLOCKS
-    # without groups of 16 channels every code has an address of its own, which takes registers
+    # the same holds for codes in the product as for elements in `_encode`
     longest = 32 if shape.channels // shape.groups % 16 else 16384 // (block_m * itemsize) if inline else 128
     block_k = next((k for k in (128, 64) if k <= longest and _suits(shape.run, k, 32, 8)), 32)
     return ProductTile(block_m, block_n, block_k, warps, 3, int(inline))
@@ -144,11 +145,15 @@ def product(shape: Shape, channels_last: bool, itemsize: int, device: Device) ->
 
 
 @functools.lru_cache(maxsize=4096)
-def _encode(channels: int, device: Device) -> EncodeTile:
-    block = min(_power(channels), 128)
-    return EncodeTile(2**15 // block if device.interpreted else min(4096 // block, 256), block, 4)
+def _encode(shape: Shape, device: Device) -> EncodeTile:
+    # without groups of 16 channels every element has an address of its own, which takes registers
+    size = 2**15 if device.interpreted else 1024 if shape.channels % 16 else 4096
+    channels = min(_power(shape.channels), 128)
+    width = min(_power(shape.padded[1]), size // channels, 64)
+    rows = min(_power(shape.batch * shape.padded[0]), size // (channels * width))
+    return EncodeTile(rows, width, channels, 4)
 
 
 def encode(shape: Shape, device: Device) -> EncodeTile:
     """Launch of the pass that writes codes."""
-    return pin(_encode(shape.channels, device))
+    return pin(_encode(shape, device))

@@ -211,7 +211,7 @@ def test_which_weight_grids_fit() -> None:
 @pytest.mark.parametrize("name", ["1x1", "3x3", "3x3-signed", "3x3-groups", "3x3-dilated"])
 @pytest.mark.parametrize("pins", [
     {"block_m": 32, "block_n": 16, "block_k": 32},
-    {"block_m": 64, "block_n": 32, "block_k": 64, "encode_pixels": 64, "encode_channels": 8},
+    {"block_m": 64, "block_n": 32, "block_k": 64, "encode_rows": 2, "encode_width": 4, "encode_channels": 8},
     {"block_m": 128, "warps": 8, "inline": 0},
 ], ids=["small", "medium", "codes"])  # fmt: skip
 def test_launch_parameters_do_not_change_results(name: str, pins: dict[str, int]) -> None:
@@ -289,6 +289,10 @@ def test_limits() -> None:
         int8_ops.quant_conv2d_int8(x, codes, zero.int(), one, None, zero, one, 511)
     with pytest.raises(InputError, match="at most 65536"):
         int8_ops.quant_conv2d_int8(x, codes.expand(1, 65537, 1, 1), zero.int(), one, None, zero, one, 255)
+    with pytest.raises(InputError, match="do not match"):
+        int8_ops.quant_conv2d_int8(x.expand(1, 2, 1, 1), codes, zero.int(), one, None, zero, one, 255)
+    with pytest.raises(InputError, match="too small"):
+        int8_ops.quant_conv2d_int8(x, codes.expand(1, 1, 3, 3), zero.int(), one, None, zero, one, 255, padding=(0, 1))
     with pytest.raises(InputError, match="split the batch"):
         int8_ops.quant_conv2d_int8(x.expand(2**11, 1, 2**10, 2**10), codes, zero.int(), one, None, zero, one, 255)
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 from .. import int8, launch_int8
 from ..launch import Device
-from ..launch_int8 import ProductTile, Shape
+from ..launch_int8 import Shape
 from .build import PROCESSORS, Budget, Build
 
 SHAPES = {
@@ -52,25 +51,27 @@ def _encode(shape: str, steps: int, dtype: str, arch: int, channels_last: bool =
     wide = (r"LDG\S*\.128", r"STG\S*\.(128|64)") if aligned and channels_last else ()
     types = _types(int8.encode_kernel, {"p_x": f"*{dtype}", "p_s": "*i8"})
     case = f"{shape} n={steps} {dtype}" + ("" if channels_last else " contiguous")
-    return Build("encode", case, int8.encode_kernel, types, constants, Budget(128, None, 32768, wide), tile.encode_warps, 3, arch, aligned)
+    budget = Budget(72, shared=16384, require=wide)
+    return Build("int8 encode", case, int8.encode_kernel, types, constants, budget, tile.encode_warps, 3, arch, aligned)
 
 
-def _product(shape: str, steps: int, dtype: str, arch: int, **pins: int) -> Build:
+def _product(shape: str, steps: int, dtype: str, arch: int, channels_last: bool = True) -> Build:
     s = SHAPES[shape]
-    tile: ProductTile = replace(launch_int8.product(s, True, 4 if dtype == "fp32" else 2, Device(PROCESSORS[arch], arch)), **pins)
-    constants = int8.product_constants(s, tile, steps, bias=True) | {"y_f": 1}
+    tile = launch_int8.product(s, channels_last, 4 if dtype == "fp32" else 2, Device(PROCESSORS[arch], arch))
+    constants = int8.product_constants(s, tile, steps, bias=True) | {"y_f" if channels_last else "y_p": 1}
     vector = s.channels // s.groups % 16 == 0
-    aligned = (*(("y_n", "y_p", "filters") if s.filters % 16 == 0 else ()), *(("channels", "run") if vector else ()))
+    strides = ("y_n", "y_p") if channels_last else ("y_n", "y_f", "pixels")
+    aligned = ((*strides, "filters") if s.filters % 16 == 0 else ()) + (("channels", "run") if vector else ())
     dots = "IGMMA" if arch == 90 else "IMMA"
-    require = (dots, r"LDGSTS\S*BYPASS\S*\.128") if vector else (dots,)
-    registers = REGISTERS[tile.block_m, tile.block_n, tile.warps] if vector else 255
-    budget = Budget(registers, None, require=require)
+    require = (dots, r"LDGSTS\S*BYPASS\S*\.128", r"STG\S*\.128") if vector else (dots,)
+    budget = Budget(REGISTERS[tile.block_m, tile.block_n, tile.warps] if vector else 255, require=require)
     types = {"p_a": f"*{dtype}" if tile.inline else "*i8", "p_w": "*i8", "p_total": "*i32", "p_y": f"*{dtype}"}
-    blocks = f"{tile.block_m}x{tile.block_n}x{tile.block_k} w{tile.warps}" + " inline" * bool(tile.inline)
+    words = [shape, f"n={steps}", dtype, *["contiguous"] * (not channels_last), f"{tile.block_m}x{tile.block_n}x{tile.block_k}"]
+    words += [f"w{tile.warps}", *["inline"] * bool(tile.inline)]
+    function = int8.conv_int8_kernel
     return Build(
-        "product", f"{shape} n={steps} {dtype} {blocks}", int8.conv_int8_kernel, _types(int8.conv_int8_kernel, types), constants, budget,
-        tile.warps, tile.stages, arch, aligned,
-    )  # fmt: skip
+        "int8 product", " ".join(words), function, _types(function, types), constants, budget, tile.warps, tile.stages, arch, aligned
+    )
 
 
 def builds(quick: bool) -> Iterator[Build]:
@@ -81,6 +82,7 @@ def builds(quick: bool) -> Iterator[Build]:
     if quick:
         return
     yield _encode("3x3", 255, "bf16", 90, channels_last=False)
+    yield _product("3x3", 255, "bf16", 90, channels_last=False)
     for arch in (90, 80):
         yield from (_encode(shape, 15, dtype, arch) for shape in ("3x3", "7x7 three channels") for dtype in ("bf16", "fp32"))
         yield from (_product(shape, 255, "bf16", arch) for shape in SHAPES)
