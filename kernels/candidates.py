@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -98,12 +97,52 @@ def sizes(v: launch.View) -> tuple[int, ...]:
     return tuple(getattr(v, name) for name in SIZES)
 
 
+def one_clip(offset: Tensor, range: Tensor) -> bool:
+    """Whether all candidates have the same β and r, as the strides tell: one column that `expand` repeats K times."""
+    return all(t.size(1) == 1 or t.stride(1) == 0 for t in (offset, range))
+
+
+@functools.lru_cache(maxsize=1024)
+def clips(
+    steps: tuple[float, ...], zero_point: tuple[float, ...], groups: tuple[int, ...], shared: bool
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """For each candidate the first one that clips alike, and the first one that clips alike in the same group.
+
+    With one β and r (`shared`), u depends on the candidate through z/n alone. Otherwise, and for the special candidates, each is its own.
+    """
+    keys = [z / n if shared and n > 0 else -1.0 - k for k, (n, z) in enumerate(zip(steps, zero_point, strict=True))]
+    pairs = list(zip(keys, groups, strict=True))
+    return tuple(map(keys.index, keys)), tuple(map(pairs.index, pairs))
+
+
+@functools.lru_cache(maxsize=1024)
+def state(
+    steps: tuple[float, ...],
+    zero_point: tuple[float, ...],
+    groups: tuple[int, ...],
+    shared: bool,
+    backward: bool = False,
+    offset: bool = False,
+) -> int:
+    """How many parameters and sums a thread of the forward or backward kernel keeps for each of its channels."""
+    kinds = [{c[k] for k, n in enumerate(steps) if n > 0} for c in clips(steps, zero_point, groups, shared)]
+    active, outputs = sum(n != 0 for n in steps), max(groups) + 1
+    return 2 * len(kinds[0]) + active + outputs + (2 + offset) * len(kinds[1]) * backward
+
+
 def constants(
-    v: launch.View, tile: launch.Tile, steps: Sequence[float], zero_point: Sequence[float], groups: Sequence[int], noise: bool
+    v: launch.View,
+    tile: launch.Tile,
+    steps: tuple[float, ...],
+    zero_point: tuple[float, ...],
+    groups: tuple[int, ...],
+    noise: bool,
+    shared: bool,
 ) -> dict[str, Any]:
     """The compile-time arguments that the forward and the backward kernel share."""
     return {
-        "K": len(steps), "M": max(groups) + 1, "STEPS": tuple(steps), "ZERO": tuple(zero_point), "GROUPS": tuple(groups), "NOISE": noise,
+        "K": len(steps), "M": max(groups) + 1, "STEPS": steps, "ZERO": zero_point, "GROUPS": groups,
+        "CLIP": clips(steps, zero_point, groups, shared)[0], "NOISE": noise,
         "ALIGN": min(tile.vector, v.align), "UNIT": v.unit, "BO": tile.block_outer, "BC": tile.block_channels, "BI": tile.block_inner,
     }  # fmt: skip
 
@@ -112,9 +151,9 @@ def grid(v: launch.View, tile: launch.Tile) -> tuple[int, int, int]:
     return (triton.cdiv(v.channels, tile.block_channels), tile.splits_outer, tile.splits_inner)
 
 
-def repeated(v: launch.View, *params: Tensor) -> tuple[Tensor, ...]:
-    """Parameters with a row for each channel of the view."""
-    return params if v.repeat == 1 else tuple(t.repeat(v.repeat, 1) for t in params)
+def parameters(v: launch.View, *params: Tensor) -> tuple[Tensor, ...]:
+    """Parameters with a row for each channel of the view, contiguous."""
+    return tuple(t.contiguous() if v.repeat == 1 else t.repeat(v.repeat, 1) for t in params)
 
 
 @functools.cache

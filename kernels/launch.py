@@ -69,7 +69,8 @@ def pinnable(cls: type[_T]) -> type[_T]:
 @pinnable
 @dataclass(frozen=True)
 class Tile:
-    """Blocks per program, programs that share the outer and the inner tiles, warps, and elements per memory access of a thread."""
+    """Blocks per program, programs that share the outer and the inner tiles, warps, elements per memory access of a thread, and how many
+    registers a thread has at most: what the grid counts on, and the ahead-of-time check holds the compiler to."""
 
     block_outer: int
     block_channels: int
@@ -78,6 +79,7 @@ class Tile:
     splits_inner: int
     warps: int
     vector: int
+    registers: int
 
 
 @pinnable
@@ -164,7 +166,7 @@ def _fit(n: int, low: int, high: int) -> int:
 def _blocks(v: View, size: int, vector: int, row: int) -> tuple[int, int, int]:
     """Block sizes of a tile of at most `size` elements; `row` bounds the part of it that lies in one channel."""
     if v.inner == 1:
-        inner, channels = 1, min(_fit(v.channels, 32, 128), size)
+        inner, channels = 1, min(_fit(v.channels, 32, min(max(32 * vector, 32), 128)), size)
     elif v.channels == 1:
         inner, channels = _fit(v.inner, min(64, size), size), 1
     else:
@@ -173,35 +175,47 @@ def _blocks(v: View, size: int, vector: int, row: int) -> tuple[int, int, int]:
     return min(_power(v.outer), size // (inner * channels)), channels, inner
 
 
-def _tile(v: View, size: int, row: int, vector: int, device: Device, per_processor: int) -> Tile:
+def _tile(v: View, size: int, row: int, vector: int, device: Device, registers: int) -> Tile:
     if device.interpreted:
         # an operation costs the same for 1 and for 10 000 elements there, so few and large programs
-        size, row, per_processor = 2**15, 2**13, 1
+        size, row = 2**15, 2**13
     outer, channels, inner = _blocks(v, size, vector, row)
-    share = max(1, device.processors * per_processor // _cdiv(v.channels, channels))
+    # rows that allow no wide access put every element of a thread in a channel of its own
+    warps = max(1, min(4, outer * channels * inner // (32 * max(vector, 2 if v.align == 1 else 4))))
+    # as many programs as run at once: more would leave processors idle while the last ones run
+    resident = 1 if device.interpreted else 65536 // (32 * warps * registers)
+    share = max(1, device.processors * resident // _cdiv(v.channels, channels))
     splits_outer = min(_cdiv(v.outer, outer), share)
     splits_inner = min(_cdiv(v.inner, inner), max(1, share // splits_outer))
-    warps = max(1, min(4, outer * channels * inner // (32 * max(vector, 4))))
-    return Tile(outer, channels, inner, splits_outer, splits_inner, warps, vector)
+    return Tile(outer, channels, inner, splits_outer, splits_inner, warps, vector, registers)
 
 
-def _vector(v: View, itemsize: int) -> int:
-    """Elements per memory access: 16 bytes of them, but four for channels side by side, where a thread holds 3K parameters and 2K sums for
-    each of its channels, which fill the registers."""
-    return min(16 // itemsize, v.align, 4 if v.unit else 16)
+def _vector(v: View, itemsize: int, state: int, limit: int) -> int:
+    """Elements per memory access: 16 bytes of them, but for channels side by side no more than leave room for the thread's state."""
+    vector = min(16 // itemsize, v.align)
+    while v.unit and vector > 1 and vector * state > limit:
+        vector //= 2
+    return vector
 
 
 @functools.lru_cache(maxsize=4096)
-def _forward(v: View, itemsize: int, device: Device) -> Tile:
-    vector = _vector(v, itemsize)
+def _forward(v: View, itemsize: int, device: Device, state: int, noise: bool) -> Tile:
+    vector = _vector(v, itemsize, state, 64)
     each = 16 // itemsize if v.unit else vector
-    return _tile(v, (128 if v.y_group else 256) * each, 64 * vector, vector, device, per_processor=8)
+    registers = 168 if noise else 128 if v.unit else 64 if v.channels == 1 and not v.y_group else 96
+    return _tile(v, (128 if v.y_group else 256) * each, 64 * vector, vector, device, registers)
 
 
 @functools.lru_cache(maxsize=4096)
-def _backward(v: View, itemsize: int, device: Device) -> Tile:
-    vector = _vector(v, itemsize)
-    return _tile(v, 128 * max(vector, 2), 32 * max(vector, 2), vector, device, per_processor=8)
+def _backward(v: View, itemsize: int, device: Device, state: int, noise: bool, offset: bool) -> Tile:
+    vector = _vector(v, itemsize, state, 88)
+    each = max(vector, 2)
+    if v.unit and vector * state <= 62:
+        each = max(each, 4)
+    small = state <= 16 and not (v.unit or v.y_group or noise)
+    # the compiler takes more than 128 registers where it finds no use for the sums of d_offset, or several gradients
+    registers = 80 if small else 208 if noise else 128 if v.unit or (offset and not v.y_group) else 168
+    return _tile(v, 128 * each, 32 * max(vector, 2), vector, device, registers)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -210,14 +224,15 @@ def _finish(channels: int, splits: int) -> FinishTile:
     return FinishTile(min(_power(channels), max(1, 1024 // block)), block, 4)
 
 
-def forward(v: View, itemsize: int, device: Device) -> Tile:
-    """Launch of the forward kernel; itemsize is the smaller one of x and the output."""
-    return pin(_forward(v, itemsize, device))
+def forward(v: View, itemsize: int, device: Device, state: int, noise: bool = False) -> Tile:
+    """Launch of the forward kernel; itemsize is the smaller one of x and the output, state how many numbers a thread keeps for each of its
+    channels (`candidates.state`)."""
+    return pin(_forward(v, itemsize, device, state, noise))
 
 
-def backward(v: View, itemsize: int, device: Device) -> Tile:
-    """Launch of the backward kernel; itemsize is the smaller one of x and the gradient."""
-    return pin(_backward(v, itemsize, device))
+def backward(v: View, itemsize: int, device: Device, state: int, noise: bool = False, offset: bool = True) -> Tile:
+    """Launch of the backward kernel; itemsize is the smaller one of x and the gradient, offset whether it sums for d_offset."""
+    return pin(_backward(v, itemsize, device, state, noise, offset))
 
 
 def finish(channels: int, splits: int) -> FinishTile:

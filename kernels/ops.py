@@ -62,7 +62,6 @@ def _forward(x, offset, range, p, steps, zero_point, axis, groups, pass_through,
     if module is None:
         parts = reference.mix_quantize(x, offset, range, p, steps, zero_point, axis, groups, seed)
         return out.copy_(parts[0] if m == 1 else torch.cat(parts, dim=1))
-    offset, range, p = offset.contiguous(), range.contiguous(), p.contiguous()
     module.forward(x, out, offset, range, p, steps, zero_point, groups, seed, layout.describe(x, p.size(0), axis, m))
     return out
 
@@ -79,7 +78,6 @@ def _backward(grad, x, offset, range, p, steps, zero_point, axis, groups, pass_t
         dx, *small = reference.mix_quantize_backward(grads, dense, offset, range, p, steps, zero_point, axis, groups, pass_through, seed)
         return torch.empty_like(dense).copy_(dx), *small
     described = layout.describe(dense, p.size(0), axis, m)
-    offset, range, p = offset.contiguous(), range.contiguous(), p.contiguous()
     return module.backward(grad, dense, offset, range, p, steps, zero_point, groups, pass_through, seed, described, need_offset)
 
 

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
-from .candidates import FULL, SIZES, aligned, code, constants, device_of, grid, guard, load_candidates, offsets, repeated, sizes, uniform
+from . import candidates, launch
+from .candidates import FULL, SIZES, aligned, code, load_candidates, offsets, uniform
 from .layout import Layout
 from .quantize_grad import backward
 
@@ -43,6 +43,7 @@ def mix_quantize_fwd_kernel(
     STEPS: tl.constexpr,
     ZERO: tl.constexpr,
     GROUPS: tl.constexpr,
+    CLIP: tl.constexpr,
     NOISE: tl.constexpr,
     ALIGN: tl.constexpr,
     UNIT: tl.constexpr,
@@ -83,6 +84,15 @@ def mix_quantize_fwd_kernel(
             b_x = tl.load(p_x + at_x + o_x, mask=mask, other=0.0).to(tl.float32)
             if NOISE:
                 b_noise = uniform(seed, at_x + o_x)
+            clipped = ()
+            for k in tl.static_range(K):
+                if STEPS[k] > 0 and CLIP[k] == k:
+                    b_u = b_x * inverse[k] + shift[k]
+                    if NOISE:
+                        b_u += b_noise * (1 / STEPS[k])
+                    clipped += (tl.clamp(b_u, 0.0, 1.0),)
+                else:
+                    clipped += (b_x,)
             for m in tl.static_range(M):
                 # the saturation swallows a NaN, so the sum starts from it
                 b_y = tl.where(b_x == b_x, 0.0, b_x)
@@ -92,10 +102,7 @@ def mix_quantize_fwd_kernel(
                         if STEPS[k] == FULL:
                             b_y += weight[k] * b_x
                         elif STEPS[k] != 0:
-                            b_u = b_x * inverse[k] + shift[k]
-                            if NOISE:
-                                b_u += b_noise * (1 / STEPS[k])
-                            b_y += scale[k] * code(tl.clamp(b_u, 0.0, 1.0), STEPS[k], ZERO[k], NOISE)
+                            b_y += scale[k] * code(clipped[CLIP[k]], STEPS[k], ZERO[k], NOISE)
                             b_constant += constant[k]
                 at_y = first_y + i_o * y_outer + i_i + m * y_group
                 tl.store(p_y + at_y + o_y, (b_y + b_constant).to(p_y.dtype.element_ty), mask=mask)
@@ -115,15 +122,18 @@ def forward(
 ) -> None:
     """Write the M outputs of a dense x into `out` (any float dtype, laid out as `layout` says).
 
-    offset, range, p  [C, K] or [1, K] float32, contiguous
+    offset, range, p  [C, K] or [1, K] float32, any strides; one column of offset and of range, expanded, is one clip for all candidates
     seed              [1] int64 for noise, or None
     Moves x.nbytes + out.nbytes.
     """
     v = launch.view(layout)
-    tile = launch.forward(v, min(x.element_size(), out.element_size()), device_of(x))
-    offset, range, p = repeated(v, offset, range, p)
-    with guard(x):
-        mix_quantize_fwd_kernel[grid(v, tile)](
-            x, out, offset, range, p, p if seed is None else seed, *sizes(v),
-            **constants(v, tile, steps, zero_point, groups, seed is not None), num_warps=tile.warps, enable_fp_fusion=True,
+    steps, zero_point, groups, noise = tuple(steps), tuple(zero_point), tuple(groups), seed is not None
+    shared = candidates.one_clip(offset, range) and not noise
+    state = candidates.state(steps, zero_point, groups, shared)
+    tile = launch.forward(v, min(x.element_size(), out.element_size()), candidates.device_of(x), state, noise)
+    offset, range, p = candidates.parameters(v, offset, range, p)
+    with candidates.guard(x):
+        mix_quantize_fwd_kernel[candidates.grid(v, tile)](
+            x, out, offset, range, p, p if seed is None else seed, *candidates.sizes(v),
+            **candidates.constants(v, tile, steps, zero_point, groups, noise, shared), num_warps=tile.warps, enable_fp_fusion=True,
         )  # fmt: skip

@@ -1,12 +1,9 @@
-"""The backward pass of mix_quantize: one kernel that reads x and the gradients once, one small kernel that finishes the sums.
+"""The backward pass of mix_quantize: one kernel that reads x and the gradients once; finish.py has the small one that finishes the sums.
 
-Nothing is kept from the forward pass but x; codes are computed again. With A = Σ g·(q − z), T = Σ_inside g·(u − z/n), O = Σ_outside g and
-G = Σ g,
-
-    dp = β·G + d·A        dr = p·(A/n − T)        dβ = p·O
-
-since a clipped element sits in A through its saturated code. Sums are deterministic: every program of the first kernel writes one row of
-float32 partial sums, which the second kernel adds in a fixed order.
+Nothing is kept from the forward pass but x; codes are computed again. The sums over elements are A = Σ g·(q − z), T = Σ_inside g·(u − z/n),
+O = Σ_outside g and G = Σ g; a clipped element sits in A through its saturated code. Candidates that clip alike (see `candidates.clips`)
+share u, the mask, T and O, and then each of them costs the three instructions of A only. Sums are deterministic: every program of the
+first kernel writes one row of float32 partial sums, which the second kernel adds in a fixed order.
 """
 
 # The arguments of a @triton.jit function have no Python types.
@@ -15,22 +12,43 @@ float32 partial sums, which the second kernel adds in a fixed order.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
+from . import candidates, launch
 from . import layout as layout_module
-from .candidates import FULL, SIZES, aligned, code, constants, device_of, grid, guard, load_candidates, offsets, repeated, sizes, uniform
+from .candidates import FULL, SIZES, aligned, code, load_candidates, offsets, uniform
+from .finish import finish_constants, mix_quantize_bwd_kernel_finish
 from .layout import Layout
+
+__all__ = ["backward", "finish_constants", "grad_constants", "mix_quantize_bwd_kernel", "mix_quantize_bwd_kernel_finish"]
 
 
 @triton.jit
-def fold(b_v, BO: tl.constexpr, BC: tl.constexpr, BI: tl.constexpr, VECTOR: tl.constexpr):
-    """Sum of the VECTOR neighbours that one thread holds: [BO, BC, BI // VECTOR], without a shuffle."""
-    return tl.sum(tl.reshape(b_v, (BO, BC, BI // VECTOR, VECTOR)), axis=3) if VECTOR > 1 else b_v
+def fold(b_v, BO: tl.constexpr, BC: tl.constexpr, BI: tl.constexpr, ROWS: tl.constexpr, VECTOR: tl.constexpr):
+    """Sum of the elements that one thread holds, VECTOR neighbours or ROWS rows: [BO // ROWS, BC, BI // VECTOR], without a shuffle."""
+    if VECTOR > 1:
+        b_v = tl.sum(tl.reshape(b_v, (BO, BC, BI // VECTOR, VECTOR)), axis=3)
+    elif ROWS > 1:
+        b_v = tl.sum(tl.reshape(b_v, (ROWS, BO // ROWS, BC, BI)), axis=0)
+    return b_v
+
+
+@triton.jit
+def clip_weights(weight, STEPS: tl.constexpr, PART: tl.constexpr, THROUGH: tl.constexpr):
+    """For each k, the sum of the weights of the candidates of part k whose gradient to x the clip masks."""
+    merged = ()
+    for k in tl.static_range(len(STEPS)):
+        b_weight = tl.zeros_like(weight[k])
+        for j in tl.static_range(len(STEPS)):
+            if STEPS[j] > 0 and PART[j] == k and not THROUGH[j]:
+                b_weight += weight[j]
+        merged += (b_weight,)
+    return merged
 
 
 @triton.jit
@@ -65,15 +83,19 @@ def mix_quantize_bwd_kernel(
     STEPS: tl.constexpr,
     ZERO: tl.constexpr,
     GROUPS: tl.constexpr,
+    CLIP: tl.constexpr,
     NOISE: tl.constexpr,
     ALIGN: tl.constexpr,
     UNIT: tl.constexpr,
     BO: tl.constexpr,
     BC: tl.constexpr,
     BI: tl.constexpr,
+    PART: tl.constexpr,
     THROUGH: tl.constexpr,
+    MASKED: tl.constexpr,
     OUTSIDE: tl.constexpr,
     ACTIVE: tl.constexpr,
+    ROWS: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
     """dx = Σ_k p_k·g_{m(k)}·inside_k and the partial sums. Reads x and M gradients once, writes dx."""
@@ -100,7 +122,8 @@ def mix_quantize_bwd_kernel(
     first_y = i_c if UNIT else i_c * y_channel
     if NOISE:
         seed = tl.load(p_seed)
-    empty = tl.zeros((BO, BC, BI // VECTOR), tl.float32)
+    masked = clip_weights(weight, STEPS, PART, THROUGH)
+    empty = tl.zeros((BO // ROWS, BC, BI // VECTOR), tl.float32)
     sum_a = ()
     sum_t = ()
     sum_i = ()
@@ -126,36 +149,50 @@ def mix_quantize_bwd_kernel(
                 # the saturation swallows a NaN of x, which every sum must show
                 b_g = tl.where(b_x == b_x, b_g, b_x)
                 grads += (b_g,)
-                next_g += (sum_g[m] + fold(b_g, BO, BC, BI, VECTOR),)
+                next_g += (sum_g[m] + fold(b_g, BO, BC, BI, ROWS, VECTOR),)
             if NOISE:
                 b_noise = uniform(seed, at_x + o_x)
             b_dx = tl.zeros((BO, BC, BI), tl.float32) if ACTIVE else tl.where(b_x == b_x, 0.0, b_x)
+            clipped = ()
+            outside = ()
             next_a = ()
             next_t = ()
             next_i = ()
             for k in tl.static_range(K):
                 b_g = grads[GROUPS[k]]
+                b_c = b_x
+                b_outside = mask
                 if STEPS[k] > 0:
-                    b_u = b_x * inverse[k] + shift[k]
-                    if NOISE:
-                        b_v = b_u - ZERO[k] / STEPS[k]
-                        b_u += b_noise * (1 / STEPS[k])
-                    b_c = tl.clamp(b_u, 0.0, 1.0)
-                    # both comparisons are false for a NaN, which thus goes on as g, and together they are one instruction
-                    outside = (b_c < b_u) | (b_c > b_u)
-                    b_in = tl.where(outside, 0.0, b_g)
-                    next_a += (sum_a[k] + fold(b_g * code(b_c, STEPS[k], ZERO[k], NOISE), BO, BC, BI, VECTOR),)
-                    # the clamped value where it will do, since an infinite one times zero would be NaN
-                    b_t = tl.where(outside, 0.0, b_g * b_v) if NOISE else b_in * (b_c - ZERO[k] / STEPS[k])
-                    next_t += (sum_t[k] + fold(b_t, BO, BC, BI, VECTOR),)
-                    next_i += (sum_i[k] + fold(b_in, BO, BC, BI, VECTOR) if OUTSIDE else sum_i[k],)
-                    b_dx += weight[k] * (b_g if THROUGH[k] else b_in)
-                else:
-                    if STEPS[k] == FULL:
-                        b_dx += weight[k] * b_g
-                        next_a += (sum_a[k] + fold(b_g * b_x, BO, BC, BI, VECTOR),)
+                    if CLIP[k] == k:
+                        b_u = b_x * inverse[k] + shift[k]
+                        if NOISE:
+                            b_v = b_u - ZERO[k] / STEPS[k]
+                            b_u += b_noise * (1 / STEPS[k])
+                        b_c = tl.clamp(b_u, 0.0, 1.0)
+                        # both comparisons are false for a NaN, which thus goes on as g, and together they are one instruction
+                        b_outside = (b_c < b_u) | (b_c > b_u)
                     else:
-                        next_a += (sum_a[k],)
+                        b_c = clipped[CLIP[k]]
+                        b_outside = outside[CLIP[k]]
+                    next_a += (sum_a[k] + fold(b_g * code(b_c, STEPS[k], ZERO[k], NOISE), BO, BC, BI, ROWS, VECTOR),)
+                    if THROUGH[k]:
+                        b_dx += weight[k] * b_g
+                elif STEPS[k] == FULL:
+                    next_a += (sum_a[k] + fold(b_g * b_x, BO, BC, BI, ROWS, VECTOR),)
+                    b_dx += weight[k] * b_g
+                else:
+                    next_a += (sum_a[k],)
+                clipped += (b_c,)
+                outside += (b_outside,)
+                if STEPS[k] > 0 and PART[k] == k:
+                    b_in = tl.where(b_outside, 0.0, b_g)
+                    # the clipped value where it will do, since an infinite one times zero would be NaN
+                    b_t = tl.where(b_outside, 0.0, b_g * b_v) if NOISE else b_in * (b_c - ZERO[k] / STEPS[k])
+                    next_t += (sum_t[k] + fold(b_t, BO, BC, BI, ROWS, VECTOR),)
+                    next_i += (sum_i[k] + fold(b_in, BO, BC, BI, ROWS, VECTOR) if OUTSIDE else sum_i[k],)
+                    if MASKED[k]:
+                        b_dx += masked[k] * b_in
+                else:
                     next_t += (sum_t[k],)
                     next_i += (sum_i[k],)
             tl.store(p_dx + at_x + o_x, b_dx.to(p_dx.dtype.element_ty), mask=mask)
@@ -168,67 +205,12 @@ def mix_quantize_bwd_kernel(
     for k in tl.static_range(K):
         if STEPS[k] != 0:
             store_sum(p_sums, sum_a[k], k, channels, r_c, m_r)
-        if STEPS[k] > 0:
+        if STEPS[k] > 0 and PART[k] == k:
             store_sum(p_sums, sum_t[k], K + k, channels, r_c, m_r)
             if OUTSIDE:
                 store_sum(p_sums, sum_g[GROUPS[k]] - sum_i[k], 2 * K + k, channels, r_c, m_r)
     for m in tl.static_range(M):
         store_sum(p_sums, sum_g[m], 3 * K + m, channels, r_c, m_r)
-
-
-@triton.jit
-def load_sum(p_sums, slot, channels, splits, o_c, m_c, BC: tl.constexpr, BS: tl.constexpr):
-    """Total of the partial sums number `slot`: [BC]."""
-    o_s = tl.arange(0, BS)
-    p_row = p_sums + (o_c + slot * channels)[:, None] * splits
-    b_total = tl.zeros((BC, BS), tl.float32)
-    for i_s in range(0, splits, BS):
-        b_total += tl.load(p_row + (i_s + o_s)[None, :], mask=m_c[:, None] & (i_s + o_s < splits)[None, :], other=0.0)
-    return tl.sum(b_total, axis=1)
-
-
-@triton.jit(do_not_specialize=("channels", "splits"))
-def mix_quantize_bwd_kernel_finish(
-    p_sums,  # [3K + M, channels, splits] float32
-    p_offset,  # [channels, K] float32
-    p_range,  # [channels, K] float32
-    p_p,  # [channels, K] float32
-    p_d_offset,  # [channels, K] float32
-    p_d_range,  # [channels, K] float32
-    p_d_p,  # [channels, K] float32
-    channels,
-    splits,
-    K: tl.constexpr,
-    STEPS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    OUTSIDE: tl.constexpr,
-    BC: tl.constexpr,
-    BS: tl.constexpr,
-):
-    """Gradients of the parameters from the partial sums. One program per block of channels and candidate."""
-    o_c = tl.program_id(0).to(tl.int64) * BC + tl.arange(0, BC)
-    m_c = o_c < channels
-    for k in tl.static_range(K):
-        if tl.program_id(1) == k:
-            o_k = o_c * K + k
-            b_d_offset = tl.zeros((BC,), tl.float32)
-            b_d_range = tl.zeros((BC,), tl.float32)
-            b_d_p = tl.zeros((BC,), tl.float32)
-            if STEPS[k] != 0:
-                b_d_p = load_sum(p_sums, k, channels, splits, o_c, m_c, BC, BS)
-            if STEPS[k] > 0:
-                b_p = tl.load(p_p + o_k, mask=m_c, other=0.0)
-                b_range = tl.load(p_range + o_k, mask=m_c, other=1.0)
-                b_offset = tl.load(p_offset + o_k, mask=m_c, other=0.0)
-                b_t = load_sum(p_sums, K + k, channels, splits, o_c, m_c, BC, BS)
-                b_g = load_sum(p_sums, 3 * K + GROUPS[k], channels, splits, o_c, m_c, BC, BS)
-                b_d_range = b_p * (b_d_p * (1 / STEPS[k]) - b_t)
-                b_d_p = b_offset * b_g + b_range * (1 / STEPS[k]) * b_d_p
-                if OUTSIDE:
-                    b_d_offset = b_p * load_sum(p_sums, 2 * K + k, channels, splits, o_c, m_c, BC, BS)
-            tl.store(p_d_offset + o_k, b_d_offset, mask=m_c)
-            tl.store(p_d_range + o_k, b_d_range, mask=m_c)
-            tl.store(p_d_p + o_k, b_d_p, mask=m_c)
 
 
 def backward(
@@ -247,26 +229,30 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients (dx, d_offset, d_range, d_p) of `forward`, given the gradient of its output in the output's layout.
 
-    dx like x; the others [C, K] or [1, K] float32 like the parameters, d_offset zero without need_offset.
+    dx like x; the others [C, K] or [1, K] float32 like the parameters, contiguous, d_offset zero without need_offset.
     Moves 2·x.nbytes + grad.nbytes, and (3K + M)·C·splits partial sums.
     """
     v = launch.view(layout)
-    tile = launch.backward(v, min(x.element_size(), grad.element_size()), device_of(x))
-    rows = p.size(0)
-    offset, range, p = repeated(v, offset, range, p)
+    steps, zero_point, groups = tuple(steps), tuple(zero_point), tuple(groups)
+    rows, noise = p.size(0), seed is not None
+    shared = candidates.one_clip(offset, range) and not noise
+    state = candidates.state(steps, zero_point, groups, shared, True, need_offset)
+    tile = launch.backward(v, min(x.element_size(), grad.element_size()), candidates.device_of(x), state, noise, need_offset)
+    offset, range, p = candidates.parameters(v, offset, range, p)
     dx = layout_module.empty_output(x, 1, x.dtype)
     small = [torch.empty_like(p) for _ in "βrp"]
-    shared = constants(v, tile, steps, zero_point, groups, seed is not None)
+    common = candidates.constants(v, tile, steps, zero_point, groups, noise, shared)
+    own = grad_constants(v, tile, steps, zero_point, groups, pass_through, need_offset, shared)
     splits = tile.splits_outer * tile.splits_inner
     sums = torch.empty(3 * len(steps) + layout.groups, v.channels, splits, dtype=torch.float32, device=x.device)
     final = launch.finish(v.channels, splits)
-    with guard(x):
-        mix_quantize_bwd_kernel[grid(v, tile)](
-            x, grad, dx, sums, offset, range, p, p if seed is None else seed, *sizes(v), **shared,
-            **grad_constants(tile, steps, pass_through, need_offset), num_warps=tile.warps, enable_fp_fusion=True,
+    with candidates.guard(x):
+        mix_quantize_bwd_kernel[candidates.grid(v, tile)](
+            x, grad, dx, sums, offset, range, p, p if seed is None else seed, *candidates.sizes(v), **common, **own,
+            num_warps=tile.warps, enable_fp_fusion=True,
         )  # fmt: skip
         mix_quantize_bwd_kernel_finish[(triton.cdiv(v.channels, final.finish_channels), len(steps))](
-            sums, offset, range, p, *small, v.channels, splits, **finish_constants(final, steps, groups, need_offset),
+            sums, offset, range, p, *small, v.channels, splits, **finish_constants(final, steps, groups, need_offset, own["PART"]),
             num_warps=final.finish_warps, enable_fp_fusion=True,
         )  # fmt: skip
     if v.repeat > 1:
@@ -274,16 +260,26 @@ def backward(
     return dx, small[0], small[1], small[2]
 
 
-def grad_constants(tile: launch.Tile, steps: Sequence[float], pass_through: Sequence[int], need_offset: bool) -> dict[str, object]:
+def grad_constants(
+    v: launch.View,
+    tile: launch.Tile,
+    steps: tuple[float, ...],
+    zero_point: tuple[float, ...],
+    groups: tuple[int, ...],
+    pass_through: Sequence[int],
+    need_offset: bool,
+    shared: bool,
+) -> dict[str, Any]:
     """The compile-time arguments that only the backward kernel has."""
-    vector = tile.vector if tile.block_inner % tile.vector == 0 else 1
-    through = tuple(bool(t) for t in pass_through)
-    return {"THROUGH": through, "OUTSIDE": need_offset, "ACTIVE": any(n != 0 for n in steps), "VECTOR": vector}
-
-
-def finish_constants(final: launch.FinishTile, steps: Sequence[float], groups: Sequence[int], need_offset: bool) -> dict[str, object]:
-    """The compile-time arguments of the finishing kernel."""
+    _, part = candidates.clips(steps, zero_point, groups, shared)
+    masked = {part[k] for k, n in enumerate(steps) if n > 0 and not pass_through[k]}
+    held = tile.block_outer * tile.block_channels // (32 * tile.warps * tile.vector) if v.unit else 1
     return {
-        "K": len(steps), "STEPS": tuple(steps), "GROUPS": tuple(groups), "OUTSIDE": need_offset,
-        "BC": final.finish_channels, "BS": final.finish_splits,
-    }  # fmt: skip
+        "PART": part,
+        "THROUGH": tuple(bool(t) for t in pass_through),
+        "MASKED": tuple(k in masked for k, _ in enumerate(steps)),
+        "OUTSIDE": need_offset,
+        "ACTIVE": any(n != 0 for n in steps),
+        "ROWS": min(max(1, held), tile.block_outer),
+        "VECTOR": tile.vector if tile.block_inner % tile.vector == 0 else 1,
+    }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import CASES, LSQ, PARAMS, SYMMETRIC, UNSIGNED, Case, Problem, assert_agree, near_boundary, problem
+from cases import CASES, DOREFA, LSQ, PARAMS, SYMMETRIC, UNSIGNED, WITH_SPECIAL, Case, Problem, assert_agree, near_boundary, problem
 from interpreter import DEVICE, GPU, interpret, interpreted, tl, triton
 
 import qprune.kernels.layout
@@ -20,6 +20,7 @@ __all__ = ["interpret"]
 pytestmark = pytest.mark.gpu
 
 with interpreted():
+    from qprune.kernels import candidates
     from qprune.kernels.candidates import uniform
 
     @triton.jit
@@ -114,6 +115,79 @@ def test_one_candidate_gives_the_reference_codes(grid: tuple[list[float], list[f
     assert codes[0].max() <= n
 
 
+ONE_CLIP = [
+    Case("flat", (3, 8, 7, 9), UNSIGNED, axis=1, rows=False, layout="channels_last"),
+    Case("channels", (2, 40, 9, 7), UNSIGNED, axis=1, layout="channels_last"),
+    Case("filters", (17, 5, 3, 3), DOREFA),
+    Case("unequal-zero-points", (8, 4, 3, 3), LSQ),
+    Case("grouped", (9, 10, 3, 3), UNSIGNED, groups=(1, 0, 2, 1, 0)),
+    Case("special", (12, 6, 3, 3), WITH_SPECIAL),
+    Case("pass-through", (16, 8, 3, 3), SYMMETRIC, pass_through=True),
+    Case("nan", (8, 4, 3, 3), SYMMETRIC, special="nan"),
+    Case("inf", (8, 4, 3, 3), SYMMETRIC, special="inf"),
+    Case("noise", (16, 8, 3, 3), SYMMETRIC, noise=True),
+    Case("bf16", (2, 32, 8, 8), UNSIGNED, axis=1, layout="channels_last", dtype=torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize("case", ONE_CLIP, ids=lambda c: c.name)
+def test_one_clip_for_all_candidates(case: Case) -> None:
+    """Expanded columns of offset and range take a shorter path, which agrees with the reference and, to rounding, with the general path."""
+    p = problem(case)
+    p.offset, p.range = (t[..., :1].clone() for t in (p.offset, p.range))
+    p.offset, p.range = (t.expand(p.p.shape) for t in (p.offset, p.range))
+    got = p.run("triton", DEVICE)
+    assert_agree(p, got)
+    p.offset, p.range = p.offset.clone(), p.range.clone()
+    general = p.run("triton", DEVICE)
+    if not GPU:
+        torch.testing.assert_close(got["y"], general["y"], rtol=0, atol=0, equal_nan=True)
+    tolerance = 1e-5 if case.dtype == torch.float32 else 1.6e-2
+    for key in ("x", "offset", "range", "p"):
+        torch.testing.assert_close(got[key], general[key], rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def test_strides_tell_one_clip() -> None:
+    column, full = torch.rand(6, 1), torch.rand(6, 4)
+    assert candidates.one_clip(column.expand(6, 4), torch.rand(1, 1).expand(6, 4))
+    assert candidates.one_clip(column, column)
+    assert not candidates.one_clip(column.expand(6, 4), full)
+    assert not candidates.one_clip(full[:1].expand(6, 4), column.expand(6, 4))
+
+
+@pytest.mark.parametrize(
+    ("grid", "shared", "clip", "part"),
+    [
+        (UNSIGNED, True, (0, 0, 0, 0, 0), (0, 1, 0, 1, 0)),
+        (UNSIGNED, False, (0, 1, 2, 3, 4), (0, 1, 2, 3, 4)),
+        (([0, 2, 6, 255, -1], [0, 1, 3, 128, 0]), True, (0, 1, 1, 3, 4), (0, 1, 2, 3, 4)),
+    ],
+)
+def test_candidates_that_clip_alike(
+    grid: tuple[list[float], list[float]], shared: bool, clip: tuple[int, ...], part: tuple[int, ...]
+) -> None:
+    assert candidates.clips(tuple(grid[0]), tuple(grid[1]), (0, 1, 0, 1, 0), shared) == (clip, part)
+
+
+def test_one_clip_is_seen_through_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    original = candidates.clips
+
+    def clips(*args: object) -> object:
+        seen.append(args[-1])
+        return original(*args)
+
+    monkeypatch.setattr(candidates, "clips", clips)
+    p = _case("act-nhwc-tensor")
+    p.run("triton", DEVICE)
+    assert not any(seen)
+    seen.clear()
+    p.offset, p.range = p.offset[:1].expand(5), p.range[:1].expand(5)
+    p.run("triton", DEVICE)
+    assert seen
+    assert all(seen)
+
+
 def test_output_in_another_dtype() -> None:
     """Under autocast the output is bfloat16 while x and its gradient stay float32."""
     p = _case("act-nhwc-tensor")
@@ -171,9 +245,9 @@ def test_the_view_is_the_layout(axis: int | None, groups: int, layout: str) -> N
 def test_pins_are_checked_and_end_with_the_block() -> None:
     v = launch.view(qprune.kernels.layout.Layout(4096, 1, 4096, 1, 4096))
     device = launch.Device(132, 90)
-    before = launch.forward(v, 2, device)
+    before = launch.forward(v, 2, device, 16)
     with launch.pinned(warps=8), launch.pinned(block_inner=512):
-        assert (launch.forward(v, 2, device).warps, launch.forward(v, 2, device).block_inner) == (8, 512)
-    assert launch.forward(v, 2, device) == before
-    with pytest.raises(TypeError, match="no launch parameter is called block_k"):
-        launch.pinned(block_k=3)
+        assert (launch.forward(v, 2, device, 16).warps, launch.forward(v, 2, device, 16).block_inner) == (8, 512)
+    assert launch.forward(v, 2, device, 16) == before
+    with pytest.raises(TypeError, match="no launch parameter is called block_none"):
+        launch.pinned(block_none=3)

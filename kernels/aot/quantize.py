@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
-from .. import candidates, launch, quantize, quantize_grad
+from .. import candidates, finish, launch, quantize, quantize_grad
 from ..layout import Layout
 from .build import PROCESSORS, Budget, Build
 
@@ -13,7 +13,7 @@ _GRIDS: dict[int, tuple[tuple[float, ...], tuple[float, ...]]] = {
     1: ((15,), (8,)),
     3: ((1, 3, 15), (0.5, 1.5, 7.5)),
     5: ((3, 7, 15, 63, 255), (0, 0, 0, 0, 0)),
-    8: ((0, 3, 7, 15, 31, 63, 255, -1), (0, 2, 4, 8, 16, 32, 128, 0)),
+    8: ((0, 2, 6, 14, 30, 62, 254, -1), (0, 1, 3, 7, 15, 31, 127, 0)),
 }
 
 LAYOUTS = {
@@ -38,34 +38,27 @@ class Config:
     dtype: str = "bf16"
     noise: bool = False
     offset: bool = False
+    shared: bool = False
     arch: int = 90
 
 
-@dataclass(frozen=True)
-class Costs:
-    """Registers and slots: a constant, a part for each candidate, and what noise adds."""
-
-    registers: int
-    registers_each: int
-    slots: float
-    slots_each: float
-    registers_noise: int = 0
-    slots_noise: float = 0
-
-
-COSTS = {
-    "forward": Costs(64, 8, 12, 5, 80, 80),
-    "forward joint flat": Costs(64, 8, 18, 5),
-    "forward joint rows": Costs(64, 8, 18, 5),
-    "forward channels": Costs(128, 12, 12, 5),
-    "forward short rows": Costs(100, 8, 30, 5),
-    "backward": Costs(100, 16, 20, 11.5, 32, 90),
-    "backward joint flat": Costs(100, 16, 30, 11.5),
-    "backward joint rows": Costs(100, 16, 30, 11.5),
-    "backward channels": Costs(255, 0, 20, 11.5),
-    "backward short rows": Costs(255, 0, 35, 11.5),
+SLOTS = {
+    "forward": (13, 4.2),
+    "forward joint": (16, 4.5),
+    "forward short rows": (30, 4.5),
+    "forward one clip": (12, 3.3),
+    "forward joint one clip": (17, 3.3),
+    "forward short rows one clip": (32, 3.3),
+    "backward": (16, 11.2),
+    "backward joint": (25, 11.2),
+    "backward short rows": (33, 11.2),
+    "backward one clip": (21, 3.5),
+    "backward joint one clip": (38, 3.5),
+    "backward short rows one clip": (36, 3.5),
 }
-"""By kernel, or by kernel and layout where that differs, with a margin of 10 to 20 %."""
+"""Slots: a constant and a part for each candidate, by kernel, by what is special about the layout, and by one clip for all candidates."""
+
+NOISE_SLOTS = 80
 
 
 def _configs(quick: bool) -> Iterator[Config]:
@@ -76,8 +69,13 @@ def _configs(quick: bool) -> Iterator[Config]:
         yield Config(kernel, "rows", 8, "fp32")
         yield Config(kernel, "flat", 5, noise=True)
         yield Config(kernel, "flat", 5, arch=80)
+        yield from (Config(kernel, layout, 5, offset=backward, shared=True) for layout in ("flat", "channels"))
         if quick:
             continue
+        yield from (Config(kernel, layout, 5, "fp32", offset=backward, shared=True) for layout in LAYOUTS)
+        yield from (Config(kernel, layout, 5, offset=backward, shared=True) for layout in LAYOUTS if layout not in ("flat", "channels"))
+        yield from (Config(kernel, layout, 5, shared=True, arch=80) for layout in ("flat", "channels"))
+        yield from (Config(kernel, layout, k, shared=True) for layout in ("flat", "rows", "channels") for k in (1, 3, 8))
         others = [layout for layout in LAYOUTS if layout not in ("flat", "rows")]
         yield from (Config(kernel, layout, 5, "fp32", offset=backward) for layout in others)
         yield from (Config(kernel, layout, k, dtype) for layout in ("flat", "rows") for k in (1, 3) for dtype in ("bf16", "fp32"))
@@ -88,18 +86,13 @@ def _configs(quick: bool) -> Iterator[Config]:
     yield from (Config("finish", layout, 5, offset=True) for layout in ("flat", "rows"))
 
 
-def _budget(c: Config, v: launch.View) -> Budget:
+def _budget(c: Config, tile: launch.Tile, itemsize: int) -> Budget:
     if c.kernel == "finish":
         return Budget(128, shared=4096)
-    costs = COSTS.get(f"{c.kernel} {c.layout}", COSTS[c.kernel])
-    # bf16 channels side by side take 8 bytes, and rows of 9 elements are not aligned
-    wide = v.align == 16 and not (v.unit and c.dtype != "fp32")
-    return Budget(
-        costs.registers + c.k * costs.registers_each + c.noise * costs.registers_noise,
-        costs.slots + c.k * costs.slots_each + c.noise * costs.slots_noise,
-        4096,
-        (r"LDG\S*\.128", r"STG\S*\.128") if wide else (),
-    )
+    special = "joint" if "joint" in c.layout else "short rows" if c.layout == "short rows" else ""
+    constant, each = SLOTS[" ".join(word for word in (c.kernel, special, "one clip" * c.shared) if word)]
+    wide = tile.vector * itemsize == 16
+    return Budget(tile.registers, constant + c.k * each + c.noise * NOISE_SLOTS, 4096, (r"LDG\S*\.128", r"STG\S*\.128") if wide else ())
 
 
 def _build(c: Config) -> Build:
@@ -111,25 +104,27 @@ def _build(c: Config) -> Build:
     itemsize = 4 if c.dtype == "fp32" else 2
     outputs = layout.groups
     if c.kernel == "forward":
-        tile = launch.forward(v, itemsize, device)
+        tile = launch.forward(v, itemsize, device, candidates.state(steps, zero_point, groups, c.shared), c.noise)
         function, warps = quantize.mix_quantize_fwd_kernel, tile.warps
-        constants = candidates.constants(v, tile, steps, zero_point, groups, c.noise)
+        constants = candidates.constants(v, tile, steps, zero_point, groups, c.noise, c.shared)
     else:
-        tile, outputs = launch.backward(v, itemsize, device), 1
+        state = candidates.state(steps, zero_point, groups, c.shared, True, c.offset)
+        tile, outputs = launch.backward(v, itemsize, device, state, c.noise, c.offset), 1
         function, warps = quantize_grad.mix_quantize_bwd_kernel, tile.warps
-        shared = candidates.constants(v, tile, steps, zero_point, groups, c.noise)
-        constants = {**shared, **quantize_grad.grad_constants(tile, steps, (0,) * c.k, c.offset)}
+        common = candidates.constants(v, tile, steps, zero_point, groups, c.noise, c.shared)
+        constants = {**common, **quantize_grad.grad_constants(v, tile, steps, zero_point, groups, (0,) * c.k, c.offset, c.shared)}
+    budget = _budget(c, tile, itemsize)
     if c.kernel == "finish":
         final = launch.finish(v.channels, tile.splits_outer * tile.splits_inner)
-        function, warps, itemsize = quantize_grad.mix_quantize_bwd_kernel_finish, final.finish_warps, 0
-        constants = quantize_grad.finish_constants(final, steps, groups, c.offset)
+        function, warps, itemsize = finish.mix_quantize_bwd_kernel_finish, final.finish_warps, 0
+        constants = finish.finish_constants(final, steps, groups, c.offset)
     sizes = asdict(v)
     streams = dict.fromkeys(("p_x", "p_y", "p_g", "p_dx"), f"*{c.dtype}")
     types = {name: "*fp32" if name.startswith("p_") else "i64" if sizes.get(name, 0) >= 2**31 else "i32" for name in function.arg_names}
     types |= {**streams, "p_seed": "*i64" if c.noise else "*fp32"}
-    words = [c.layout, f"K={c.k}", c.dtype, *["noise"] * c.noise, *["d_offset"] * c.offset]
+    words = [c.layout, f"K={c.k}", c.dtype, *["one clip"] * c.shared, *["noise"] * c.noise, *["d_offset"] * c.offset]
     name = f"mix_quantize {c.kernel}"
-    return Build(name, " ".join(words), function, types, constants, _budget(c, v), warps, arch=c.arch, itemsize=itemsize, outputs=outputs)
+    return Build(name, " ".join(words), function, types, constants, budget, warps, arch=c.arch, itemsize=itemsize, outputs=outputs)
 
 
 def builds(quick: bool) -> Iterator[Build]:

@@ -91,9 +91,10 @@ def forward(
     """Write V_1 … V_M into `out`.
 
     x, out            float32, bfloat16 or float16, dense, as `layout` describes them; their dtypes may differ
-    offset, range, p  [C, K] or [1, K] float32, contiguous
+    offset, range, p  [C, K] or [1, K] float32
     seed              [1] int64, or None for rounding
     """
+    offset, range, p = offset.contiguous(), range.contiguous(), p.contiguous()
     candidates = _candidates(tuple(steps), tuple(zero_point), tuple(groups), (0,) * len(steps))
     failed = load().qprune_forward(
         _layout(layout), candidates, x.data_ptr(), _TYPES[x.dtype], out.data_ptr(), _TYPES[out.dtype],
@@ -121,6 +122,7 @@ def backward(
 
     The sums over elements are cut by the layout alone, so the result does not depend on the number of threads.
     """
+    offset, range, p = offset.contiguous(), range.contiguous(), p.contiguous()
     dx = layout_module.empty_output(x, 1, x.dtype)
     d_offset, d_range, d_p = torch.empty_like(p), torch.empty_like(p), torch.empty_like(p)
     candidates = _candidates(tuple(steps), tuple(zero_point), tuple(groups), tuple(pass_through))
