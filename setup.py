@@ -23,6 +23,7 @@ PACKAGES = {
     "qprune.search": "qprune/search",
     "qprune.export": "qprune/export",
     "qprune.tasks": "qprune/tasks",
+    "qprune.benchmarks": "benchmarks",
     "qprune.kernels": "kernels",
     "qprune.kernels.aot": "kernels/aot",
     "qprune.kernels.cpu": "kernels/cpu",

@@ -76,7 +76,7 @@ class EagerMixedConv2d(nn.Module):
             return self._conv(mix_quantize(x, self.a_range, self.a_logits.softmax(-1), *self.a_grid, axis=1), weight)
         p = p.unflatten(-1, (len(self.w_grid[0]), -1))
         weights = [mix_quantize(self.weight, self.w_range, column, *self.w_grid, axis=0) for column in p.unbind(-1)]
-        return _sum([self._conv(a, w) for a, w in zip(self._inputs(x), weights, strict=True)])
+        return add_up([self._conv(a, w) for a, w in zip(self._inputs(x), weights, strict=True)])
 
     def _branches(self, x: Tensor) -> Tensor:
         filters = self.weight.size(0)
@@ -88,7 +88,7 @@ class EagerMixedConv2d(nn.Module):
         terms = []
         for a, quantized in enumerate(self._inputs(x)):
             terms += [p[:, w, a].view(1, -1, 1, 1) * self._conv(quantized, weight) for w, weight in enumerate(weights)]
-        return _sum(terms)
+        return add_up(terms)
 
     def _inputs(self, x: Tensor) -> list[Tensor]:
         return [quantize(x, r / n, n, z) for r, n, z in zip(self.a_range.unbind(), *self.a_grid, strict=True)]
@@ -97,7 +97,8 @@ class EagerMixedConv2d(nn.Module):
         return torch.nn.functional.conv2d(x, weight, None, self.stride, self.padding, self.dilation, self.groups)
 
 
-def _sum(terms: Sequence[Tensor]) -> Tensor:
+def add_up(terms: Sequence[Tensor]) -> Tensor:
+    """Their sum, one addition after the other."""
     total = terms[0]
     for term in terms[1:]:
         total = total + term

@@ -9,14 +9,23 @@ from typing import Any
 import pytest
 import torch
 
-from . import machine, measure
-from .measure import DEVICE
+from qprune.benchmarks import cases, machine, measure
+from qprune.benchmarks.cases import DIRECTIONS, Case
+from qprune.benchmarks.measure import DEVICE
 
 
 def pytest_configure(config: pytest.Config) -> None:
     # --benchmark-only overrides the project's default of --benchmark-disable
     if config.getoption("benchmark_only", False):
         config.option.benchmark_disable = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        item.add_marker(pytest.mark.benchmark(timer=measure.clock(DEVICE)))
+        # these come from inside the compiler
+        item.add_marker(pytest.mark.filterwarnings("ignore:The .grad attribute"))
+        item.add_marker(pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -43,5 +52,24 @@ def timed(benchmark: Any, described: dict[str, Any]) -> Callable[..., None]:
     def run(function: Callable[[], Any], rounds: int, **facts: Any) -> None:
         benchmark.extra_info.update({**described, **facts})
         benchmark.pedantic(function, setup=measure.flush_cache(DEVICE), rounds=rounds, warmup_rounds=2)
+
+    return run
+
+
+@pytest.fixture
+def measured(benchmark: Any, timed: Callable[..., None], smoke: bool) -> Callable[[Case, str, str], None]:
+    """measured(case, direction, implementation): check it, then time it. Groups are operation, shape, direction."""
+
+    def run(case: Case, direction: str, name: str) -> None:
+        if reason := case.missing():
+            pytest.skip(reason)
+        case = case.smaller() if smoke else case
+        benchmark.group = f"{case.kernel}, {case.name}, {DIRECTIONS[direction]}"
+        call = cases.call(case, name, direction, DEVICE, compiler="eager" if smoke else cases.INDUCTOR)
+        if name not in case.unchecked:
+            cases.check(case, name, call(), cases.reference(case, direction, DEVICE))
+        work = case.work(direction)
+        facts = {"bytes": work.bytes, "flops": work.flops, "dtype": str(case.dtype), "layout": "channels_last", "implementation": name}
+        timed(call, rounds=50, case=case.name, direction=direction, **facts)
 
     return run

@@ -96,6 +96,17 @@ def alternate(functions: Mapping[str, Function], rounds: int, device: str = "cpu
     return Timings(seconds)
 
 
+def peak_bytes(function: Function) -> int:
+    """The most memory that a call on a GPU takes on top of what is there before it."""
+    function()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    torch.cuda.synchronize()
+    return int(torch.cuda.max_memory_allocated()) - before
+
+
 def kept_bytes(forward: Callable[[], Tensor], exclude: Iterable[Tensor]) -> int:
     """Bytes that autograd keeps for the backward pass of forward(), each storage once, without those of `exclude`."""
     skip = {t.untyped_storage().data_ptr() for t in exclude}

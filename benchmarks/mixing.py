@@ -1,71 +1,111 @@
-"""mix_quantize alone: its cases, and one call of each implementation."""
+"""mix_quantize alone, on an activation or on one weight."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qprune import functional
-from qprune.kernels import backend, reference
+from qprune.kernels import reference
 
 from . import baselines
-from .measure import WrongResultError, kept_bytes
-
-IMPLEMENTATIONS = ("eager", "reference", "compile-eager", "compile-reference", "qprune")
-INDUCTOR = "inductor"
-Call = Callable[[], tuple[Tensor, ...]]
+from .cases import Case, Function, Work, channels_last, compiled, input_grids, random, weight_grids
 
 
 @dataclass(frozen=True)
-class Case:
-    """shape and memory format of x; steps and zero points of the K candidates; parameters per channel of dimension `axis`, or one row."""
+class Mixing(Case):
+    """x [N, C, H, W] with one row of parameters (an activation), or [F, R] with a row for each of F filters (a weight)."""
 
-    name: str
     shape: tuple[int, ...]
-    steps: tuple[float, ...]
-    zero_point: tuple[float, ...]
-    axis: int
-    per_channel: bool
+    bits: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
 
-    def tensors(self, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x, range, p, and the gradient of the result; float32, the same numbers every time."""
-        g = torch.Generator().manual_seed(0)
-        x = torch.randn(self.shape, generator=g)
-        x = x.relu() if self.axis == 1 else x
-        rows = (self.shape[self.axis], len(self.steps)) if self.per_channel else (len(self.steps),)
-        range = 1.0 + 2.0 * torch.rand(rows, generator=g)
-        p = torch.randn(rows, generator=g).softmax(-1)
-        grad = torch.randn(self.shape, generator=g)
-        if x.dim() == 4:
-            x, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad))
-        return x.to(device), range.to(device), p.to(device), grad.to(device)
+    kernel = "mix_quantize"
+    implementations = ("eager", "reference", "compile-eager", "compile-reference", "qprune")
+    labels = ("x", "range", "p")
+
+    @property
+    def weight(self) -> bool:
+        return len(self.shape) == 2
+
+    @property
+    def axis(self) -> int:
+        return 0 if self.weight else 1
+
+    @property
+    def name(self) -> str:
+        return f"{'weight' if self.weight else 'input'} {'x'.join(map(str, self.shape))}, K={len(self.bits)}"
+
+    @property
+    def grids(self) -> tuple[list[float], list[float]]:
+        return weight_grids(self.bits) if self.weight else input_grids(self.bits)
+
+    def tensors(self, device: str) -> tuple[Tensor, ...]:
+        x = random(self.shape, device)
+        x = channels_last(x if self.weight else x.relu()).to(self.dtype)
+        rows = (self.shape[0], len(self.bits)) if self.weight else (len(self.bits),)
+        range = 1.0 + 2.0 * random(rows, device, 1).sigmoid()
+        return x, range, random(rows, device, 2).softmax(-1)
+
+    def implementation(self, name: str, compiler: str) -> Function:
+        steps, zero_point = self.grids
+
+        def eager(x: Tensor, range: Tensor, p: Tensor) -> Tensor:
+            return baselines.mix_quantize(x, range, p, steps, zero_point, self.axis).to(self.dtype)
+
+        def fused(x: Tensor, range: Tensor, p: Tensor) -> Tensor:
+            return functional.mix_quantize(x, torch.zeros_like(range), range, p, steps, zero_point, axis=self.axis)
+
+        if name == "compile-reference":
+            return _compiled_reference(self, compiler)
+        if name == "compile-eager":
+            return compiled(eager, compiler)
+        return {"eager": eager, "reference": fused, "qprune": fused}[name]
+
+    def work(self, direction: str) -> Work:
+        return Work(self.x_bytes * {"forward": 2, "backward": 3, "both": 5}[direction])
+
+    @property
+    def x_bytes(self) -> int:
+        return math.prod(self.shape) * self.item
+
+    def smaller(self) -> Mixing:
+        return replace(self, shape=(4, *self.shape[1:]))
+
+    def compare(self, what: str, got: Tensor, want: Tensor) -> str:
+        """One element in a thousand may land on the neighbouring code."""
+        close = {torch.float32: 1e-4, torch.float16: 5e-3}.get(self.dtype, 3e-2)
+        error = (got - want).abs() / want.square().mean().sqrt()
+        dense = what in ("result", "dx")
+        agrees = float((error > close).double().mean()) <= 1e-3 if dense else float(error.max()) <= max(1e-2, close)
+        return "" if agrees else f"{what} differs by up to {float(error.max()):.2g} of its root mean square"
 
 
 CASES = (
-    Case("weight 512x4608, K=5", (512, 4608), (3, 7, 15, 63, 255), (2, 4, 8, 32, 128), 0, True),
-    Case("input 64x16x32x32, K=3", (64, 16, 32, 32), (3, 15, 255), (0, 0, 0), 1, False),
-    Case("input 64x64x8x8, K=3", (64, 64, 8, 8), (3, 15, 255), (0, 0, 0), 1, False),
+    Mixing((512, 4608), (2, 3, 4, 6, 8)),
+    Mixing((64, 16, 32, 32), (2, 4, 8)),
+    Mixing((64, 64, 8, 8), (2, 4, 8)),
 )
 
 
-def _compiled_reference(case: Case, compiler: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def _compiled_reference(case: Mixing, compiler: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """The definition with its explicit backward, both compiled; only x and the parameters are kept in between."""
-    k = len(case.steps)
-    static: tuple[Any, ...] = (case.steps, case.zero_point, case.axis, [0] * k)
+    k = len(case.bits)
+    static: tuple[Any, ...] = (*case.grids, case.axis, [0] * k)
 
     def forward(x: Tensor, range: Tensor, p: Tensor) -> Tensor:
-        return reference.mix_quantize(x, torch.zeros_like(range), range, p, *static, None)[0]
+        return reference.mix_quantize(x, torch.zeros_like(range), range, p, *static, None)[0].to(x.dtype)
 
     def backward(grad: Tensor, x: Tensor, range: Tensor, p: Tensor) -> Sequence[Tensor]:
         dx, _, d_range, d_p = reference.mix_quantize_backward([grad], x, torch.zeros_like(range), range, p, *static, [0] * k, None)
-        return dx, d_range, d_p
+        return dx.to(x.dtype), d_range, d_p
 
-    compiled_forward = torch.compile(forward, dynamic=False, backend=compiler)
-    compiled_backward = torch.compile(backward, dynamic=False, backend=compiler)
+    compiled_forward, compiled_backward = compiled(forward, compiler), compiled(backward, compiler)
 
     class Function(torch.autograd.Function):
         @staticmethod
@@ -83,62 +123,3 @@ def _compiled_reference(case: Case, compiler: str) -> Callable[[Tensor, Tensor, 
         return out
 
     return apply
-
-
-def implementation(case: Case, name: str, compiler: str = INDUCTOR) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """(x, range, p) → Σ_k p_k Q_k(x)."""
-
-    def eager(x: Tensor, range: Tensor, p: Tensor) -> Tensor:
-        return baselines.mix_quantize(x, range, p, case.steps, case.zero_point, case.axis)
-
-    def fused(x: Tensor, range: Tensor, p: Tensor) -> Tensor:
-        offset = torch.zeros_like(range)
-        return functional.mix_quantize(x, offset, range, p, case.steps, case.zero_point, axis=case.axis)
-
-    def plain(x: Tensor, range: Tensor, p: Tensor) -> Tensor:
-        with backend("reference"):
-            return fused(x, range, p)
-
-    if name == "compile-reference":
-        return _compiled_reference(case, compiler)
-    if name == "compile-eager":
-        compiled: Callable[[Tensor, Tensor, Tensor], Tensor] = torch.compile(eager, dynamic=False, backend=compiler)
-        return compiled
-    return {"eager": eager, "reference": plain, "qprune": fused}[name]
-
-
-def call(case: Case, name: str, backward: bool, device: str = "cpu", compiler: str = INDUCTOR) -> Call:
-    """A function that runs the implementation once: the result without autograd, or result and gradients of x, range and p."""
-    function, (x, range, p, grad) = implementation(case, name, compiler), case.tensors(device)
-    leaves = tuple(t.requires_grad_(backward) for t in (x, range, p))
-
-    def forward_only() -> tuple[Tensor, ...]:
-        with torch.no_grad():
-            return (function(*leaves),)
-
-    def both() -> tuple[Tensor, ...]:
-        with backend("reference" if name == "reference" else None):
-            out = function(*leaves)
-            return out, *torch.autograd.grad(out, leaves, grad)
-
-    return both if backward else forward_only
-
-
-def check(case: Case, name: str, run: Call, device: str = "cpu") -> None:
-    """Raise WrongResultError unless `run` agrees with the definition. One element in a thousand may land on the neighbouring code."""
-    got = run()
-    want = call(case, "reference", backward=len(got) > 1, device=device)()
-    for what, a, b in zip(("result", "dx", "drange", "dp"), got, want):
-        a, b = a.detach().double().reshape(b.shape), b.detach().double()
-        error = (a - b).abs() / b.square().mean().sqrt()
-        dense = what in ("result", "dx")
-        agrees = float((error > 1e-4).double().mean()) <= 1e-3 if dense else float(error.max()) <= 1e-2
-        if not agrees:
-            raise WrongResultError(f"{case.name}, {name}: {what} differs by up to {float(error.max()):.2g} of its root mean square")
-
-
-def kept(case: Case, name: str, device: str = "cpu") -> float:
-    """Bytes that the implementation keeps for its backward pass, without the parameters, as a multiple of x's."""
-    function, (x, range, p, _) = implementation(case, name), case.tensors(device)
-    leaves = [t.requires_grad_() for t in (x, range, p)]
-    return kept_bytes(lambda: function(*leaves), [range, p]) / x.nbytes

@@ -1,4 +1,4 @@
-"""Everything that the table shows: what is measured, against what, and what would be good enough."""
+"""Everything that the table shows: what was measured, against what, and what would be good enough."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,10 @@ from typing import Any
 from qprune.kernels import cpu
 from qprune.kernels.cpu import build
 
-from . import mixing, training
+from . import cases, training
+from .cases import DIRECTIONS, Call, Case, Work
 from .machine import ROOT
-from .measure import Timings, alternate, kept_bytes
-
-COMPILED = ["compile-eager", "compile-reference"]
+from .measure import Timings, alternate, kept_bytes, peak_bytes
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,11 @@ class Row:
     ratios  value / baseline's value, per baseline: below 1 qprune is the smaller one
     target  the largest ratio that is good enough, per baseline ("value": of the value itself)
     values, fastest  median and minimum over the rounds, per implementation
-    spread  the interquartile range of qprune's time over its median
+    band    the 20 and the 80 % quantile of qprune's rounds
+    variant which of qprune's or the compiler's variants are shown, where there are several
+    bytes, flops     logical work of a call
+    memory  bytes: on a GPU the peak that a call adds, on a CPU what autograd keeps for the backward pass; per implementation
+    skipped why there is no value
     """
 
     case: str
@@ -42,65 +45,121 @@ class Row:
     values: dict[str, float] = field(default_factory=dict)
     fastest: dict[str, float] = field(default_factory=dict)
     rounds: int = 1
-    spread: float = 0.0
+    band: tuple[float, float] | None = None
+    kernel: str = ""
+    direction: str = ""
+    dtype: str = ""
+    variant: dict[str, str] = field(default_factory=dict)
+    bytes: int = 0
+    flops: int = 0
+    x_bytes: int = 0
+    candidates: int = 0
+    memory: dict[str, int] = field(default_factory=dict)
+    skipped: str = ""
 
     @property
     def met(self) -> bool | None:
-        """None where there is no target."""
-        reached = [(self.value if name == "value" else self.ratios[name]) <= bound for name, bound in self.target.items()]
-        return all(reached) if reached else None
+        """None where there is no target, or nothing to hold it against."""
+        if self.skipped or not self.target:
+            return None
+        reached = [self.value if name == "value" else self.ratios.get(name) for name in self.target]
+        known = [(value, bound) for value, bound in zip(reached, self.target.values(), strict=True) if value is not None]
+        return all(value <= bound for value, bound in known) if known else None
 
-    def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "met": self.met}
+    def rate(self, work: int) -> float:
+        """Bytes or flops per second."""
+        return work / (self.value * 1e-3) if self.unit == "ms" and self.value else 0.0
+
+    def as_dict(self, rates: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """For JSON, with the shares of the machine's rates."""
+        derived: dict[str, Any] = {"met": self.met}
+        if self.bytes and not self.skipped:
+            derived["bytes_per_second"] = self.rate(self.bytes)
+            if rates:
+                derived["of_copy"] = self.rate(self.bytes) / rates["copy"]
+        if self.flops and not self.skipped:
+            derived["flops_per_second"] = self.rate(self.flops)
+            if rates:
+                derived["of_matmul"] = self.rate(self.flops) / rates["matmul"]
+        return {**asdict(self), **derived}
 
 
-def _timed(case: str, timings: Timings, target: dict[str, float], drop: str = "") -> Row:
-    names = [name for name in timings.rounds if name not in ("qprune", drop)]
-    ours = timings.rounds["qprune"]
-    low, _, high = statistics.quantiles(ours, n=4) if len(ours) > 1 else (0.0, 0.0, 0.0)
+def quantiles(seconds: list[float]) -> tuple[float, float] | None:
+    """20 and 80 %."""
+    if len(seconds) < 2:
+        return None
+    cuts = statistics.quantiles(seconds, n=5, method="inclusive")
+    return cuts[0], cuts[3]
+
+
+def timed(case: str, timings: Timings, target: dict[str, float] | None = None, memory: dict[str, int] | None = None, **facts: Any) -> Row:
+    """A row of times. Of implementations with the same first part of the name the fastest is shown."""
+    families: dict[str, list[str]] = {}
+    for name in timings.rounds:
+        families.setdefault(name.partition("-")[0], []).append(name)
+    best = {family: timings.fastest(names) for family, names in families.items()}
+    ours = best["qprune"]
+    band = quantiles(timings.rounds[ours])
+    ratios = {family: timings.ratio(ours, name) for family, name in best.items() if family != "qprune"}
     return Row(
         case,
-        timings.median("qprune") * 1e3,
+        timings.median(ours) * 1e3,
         "ms",
-        {name.partition("-")[0]: timings.ratio("qprune", name) for name in names},
-        target,
+        {**ratios, **{name: timings.ratio(ours, name) for names in families.values() for name in names if "-" in name and name != ours}},
+        target or {},
         {name: timings.median(name) * 1e3 for name in timings.rounds},
         {name: min(seconds) * 1e3 for name, seconds in timings.rounds.items()},
-        len(ours),
-        (high - low) / timings.median("qprune"),
+        len(timings.rounds[ours]),
+        None if band is None else (band[0] * 1e3, band[1] * 1e3),
+        variant={family: best[family] for family, names in families.items() if len(names) > 1},
+        memory=memory or {},
+        **facts,
     )
 
 
-def _training_rows(rounds: int, device: str) -> Iterator[Row]:
-    for case in training.CASES:
-        steps = {name: training.step(case, name, device=device) for name in ("float", "eager", "branches", "qprune")}
-        for name in ("eager", "branches"):
+def of_case(case: Case, direction: str, baselines: Collection[str], rounds: int, device: str, compiler: str = cases.INDUCTOR) -> Row:
+    """Check every implementation that is asked for, then time them in turn. baselines: first parts of names."""
+    facts: dict[str, Any] = {"kernel": case.kernel, "direction": direction, "dtype": str(case.dtype).removeprefix("torch.")}
+    name = f"{case.name}, {DIRECTIONS[direction]}"
+    if reason := case.missing():
+        return Row(name, 0.0, "", skipped=reason, **facts)
+    wanted = [n for n in case.implementations if n.partition("-")[0] in {"qprune", *baselines}]
+    want = cases.reference(case, direction, device)
+    calls: dict[str, Call] = {}
+    for n in wanted:
+        calls[n] = cases.call(case, n, direction, device, compiler)
+        if n not in case.unchecked:
+            cases.check(case, n, calls[n](), want)
+    del want
+    work: Work = case.work(direction)
+    memory: dict[str, int] = {}
+    if device == "cuda":
+        memory = {n: peak_bytes(call) for n, call in calls.items()}
+    elif direction != "forward":
+        memory = {n: cases.kept(case, n, device) for n in wanted if not n.startswith("compile")}
+    facts |= {"bytes": work.bytes, "flops": work.flops, "x_bytes": case.x_bytes, "candidates": len(getattr(case, "bits", ()))}
+    target = {"compile": 1.0} if case.kernel == "mix_quantize" and device == "cpu" else None
+    return timed(name, alternate(calls, rounds, device), target, memory, **facts)
+
+
+def of_training(case: training.Case, baselines: Collection[str], rounds: int, device: str) -> Iterator[Row]:
+    """The time of a training step, and what it keeps for its backward pass."""
+    names = [name for name in ("float", "eager", "branches") if name in baselines]
+    steps = {name: training.step(case, name, device=device) for name in (*names, "qprune")}
+    for name in names:
+        if name != "float":
             training.check(case, steps["qprune"], steps[name])
-        target = {"float": 3.8} if case.joint else {"float": 1.35, "branches": 1 / 3}
-        yield _timed(case.name, alternate(steps, rounds, device), target)
-        if not case.joint:
-            kept = {name: kept_bytes(step.loss, step.model.parameters()) / 2**20 for name, step in steps.items()}
-            yield _bytes_row(f"{case.name}, kept for backward", kept, "MiB")
+    target = {"float": 3.8} if case.joint else {"float": 1.35, "branches": 1 / 3}
+    facts = {"kernel": "training", "direction": "both", "dtype": "float32"}
+    yield timed(case.name, alternate(steps, rounds, device), target if device == "cpu" else None, **facts)
+    if not case.joint:
+        kept = {name: kept_bytes(step.loss, step.model.parameters()) / 2**20 for name, step in steps.items()}
+        yield bytes_row(f"{case.name}, kept for backward", kept, "MiB")
 
 
-def _bytes_row(case: str, kept: dict[str, float], unit: str, target: dict[str, float] | None = None) -> Row:
+def bytes_row(case: str, kept: dict[str, float], unit: str, target: dict[str, float] | None = None) -> Row:
     ratios = {name: kept["qprune"] / value for name, value in kept.items() if name != "qprune"}
     return Row(case, kept["qprune"], unit, ratios, target or {}, kept, kept)
-
-
-def _mixing_rows(rounds: int, device: str) -> Iterator[Row]:
-    for case in mixing.CASES:
-        for backward in (False, True):
-            calls = {name: mixing.call(case, name, backward, device) for name in mixing.IMPLEMENTATIONS}
-            for name, call in calls.items():
-                mixing.check(case, name, call, device)
-            timings = alternate(calls, rounds, device)
-            slower = next(name for name in COMPILED if name != timings.fastest(COMPILED))
-            what = "forward + backward" if backward else "forward"
-            yield _timed(f"{case.name}, {what}", timings, {"compile": 1.0}, drop=slower)
-    case = mixing.CASES[0]
-    kept = {name: mixing.kept(case, name, device) for name in ("eager", "compile-eager", "qprune")}
-    yield _bytes_row(f"{case.name}, kept for backward", {n.partition("-")[0]: v for n, v in kept.items()}, "x", {"value": 1.01})
 
 
 _LOAD = "import json, time; from qprune.kernels import cpu; t = time.perf_counter(); cpu.load(); print(json.dumps(time.perf_counter() - t))"
@@ -113,19 +172,11 @@ def _load_seconds(cache: str) -> float:
     return seconds
 
 
-def _compile_rows() -> Iterator[Row]:
+def of_first_use() -> Iterator[Row]:
+    """Compiling and loading the C++ kernels; nothing where they were compiled when the package was installed."""
     if (Path(cpu.__file__).parent / build.library_name()).is_file():
-        return  # compiled when the package was installed
+        return
     with tempfile.TemporaryDirectory() as cache:
         first, second = _load_seconds(cache), _load_seconds(cache)
     yield Row("C++ kernels, first use", first, "s", target={"value": 60.0})
     yield Row("C++ kernels, later processes", second, "s", target={"value": 0.1})
-
-
-def measure(quick: bool = False, device: str = "cpu") -> Iterator[Row]:
-    """The rows of the table, each checked for correctness before it is timed (WrongResultError). `quick`: three rounds."""
-    many = 50 if device == "cuda" else 15
-    yield from _training_rows(3 if quick else 9, device)
-    yield from _mixing_rows(3 if quick else many, device)
-    if device == "cpu":
-        yield from _compile_rows()

@@ -7,12 +7,9 @@ from typing import Any
 
 import pytest
 
+from qprune.benchmarks import training
+from qprune.benchmarks.measure import DEVICE
 from qprune.tasks.models import resnet8, resnet20
-
-from . import measure, training
-from .measure import DEVICE
-
-pytestmark = pytest.mark.benchmark(timer=measure.clock(DEVICE))
 
 
 @pytest.mark.parametrize("name", training.IMPLEMENTATIONS)

@@ -1,29 +1,55 @@
-"""The benchmarks run: every target once, without timing, its correctness check included; and the table reads what it is given."""
+"""The benchmarks run: every target once, without timing, its correctness check included; and the tables read what they are given."""
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import machine, measure, mixing, table
-from benchmarks.__main__ import main
-from benchmarks.rows import Row
+from qprune import cli
+from qprune.benchmarks import against, bench, cases, machine, measure, mixing, predict, roofline, rows, selection, shapes, table
+from qprune.benchmarks.rows import Row
+from qprune.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = [
     Row("a step", 101.5, "ms", {"float": 1.3, "branches": 0.11}, {"float": 1.35, "branches": 1 / 3}, {"qprune": 101.5, "float": 78.0}),
-    Row("an operation", 0.0301, "ms", {"compile": 1.2, "eager": 0.05}, {"compile": 1.0}),
+    Row("an operation", 0.0301, "ms", {"compile": 1.2, "eager": 0.05}, {"compile": 1.0}, {"qprune": 0.0301}, band=(0.03, 0.0302)),
     Row("a load", 14.0, "s", target={"value": 60.0}),
     Row("no target", 2.0, "MiB"),
+    Row("bandwidth", 2.0, "ms", bytes=8_000_000, flops=4_000_000_000, memory={"qprune": 3 << 20}),
+    Row("not built", 0.0, "", skipped="mixed_depthwise is missing"),
 ]
+RATES = {"name": "a machine", "copy": 16e9, "matmul": 8e12}
+
+
+def qprune(*words: str) -> tuple[int, str, str]:
+    """Exit code, output and errors of the command line, in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["qprune", "bench", *words])
+        patch.setattr(cli, "console", Console(file=out, width=200))
+        patch.setattr(sys, "stderr", err)
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+    code = stop.value.code
+    return code if isinstance(code, int) else int(bool(code)), out.getvalue(), err.getvalue()
+
+
+@pytest.fixture
+def fixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is timed: the rows and rates above instead."""
+    monkeypatch.setattr(bench, "_rows", lambda request, quick, whole: iter(ROWS))
+    monkeypatch.setattr(bench.rates, "measure", lambda device, quick=False: {k: v for k, v in RATES.items() if k != "name"})
 
 
 def test_every_target_runs_once() -> None:
@@ -31,42 +57,159 @@ def test_every_target_runs_once() -> None:
     environment = {**os.environ, "PYTEST_ADDOPTS": ""}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
-    assert "40 passed" in result.stdout
+    assert "103 passed" in result.stdout
+
+
+def test_one_file_is_one_module() -> None:
+    code = (
+        "import sys, runpy; sys.argv = ['x', '--help']\ntry: runpy.run_module('benchmarks', run_name='__main__')\nexcept SystemExit: pass\n"
+    )
+    code += "print(sorted(name for name in sys.modules if name.startswith('benchmarks.') and name != 'benchmarks.__main__'))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "[]"
 
 
 def test_wrong_results_are_not_timed() -> None:
-    case = mixing.CASES[2]
-    right = mixing.call(case, "eager", backward=True)
-    mixing.check(case, "eager", right)
+    case = mixing.CASES[2].smaller()
+    want = cases.reference(case, "both")
+    right = cases.call(case, "eager", "both")()
+    cases.check(case, "eager", right, want)
     with pytest.raises(measure.WrongResultError, match="dx differs"):
-        mixing.check(case, "eager", lambda: tuple(t * (1.01 if i == 1 else 1.0) for i, t in enumerate(right())))
+        cases.check(case, "eager", tuple(t * (1.01 if i == 1 else 1.0) for i, t in enumerate(right)), want)
 
 
-def test_a_failed_check_ends_without_a_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def wrong(quick: bool, device: str) -> list[Row]:
+@pytest.mark.parametrize("kernel", selection.KERNELS[1:])
+def test_a_wrong_implementation_of_any_operation_is_found(kernel: str) -> None:
+    case, direction, _ = selection.of(kernel, "cpu")[-1]
+    want = cases.reference(case.smaller(), direction)
+    for i in range(len(want)):
+        wrong = [t + (0.3 * t.abs().mean() if i == j else 0.0) for j, t in enumerate(want)]
+        with pytest.raises(measure.WrongResultError, match="differs"):
+            cases.check(case, "qprune", wrong, want)
+
+
+def test_backward_alone_is_the_second_half_of_both() -> None:
+    case = mixing.CASES[2].smaller()
+    both, backward = (cases.call(case, "qprune", direction)() for direction in ("both", "backward"))
+    assert len(both) == 4 and len(backward) == 3
+    assert all(torch.equal(a, b) for a, b in zip(both[1:], backward, strict=True))
+
+
+def test_a_failed_check_ends_without_a_table(monkeypatch: pytest.MonkeyPatch, fixed: None, tmp_path: Path) -> None:
+    def wrong(request: Any, quick: bool, whole: bool) -> Any:
+        yield from ROWS[:1]
         raise measure.WrongResultError("eager: dx differs")
 
-    monkeypatch.setattr("benchmarks.rows.measure", wrong)
-    threads = torch.get_num_threads()
-    assert main(["--out", str(tmp_path / "cpu.json"), "--threads", str(threads)]) == 1
-    assert "not timed: eager: dx differs" in capsys.readouterr().err
-    assert not (tmp_path / "cpu.json").exists()
+    monkeypatch.setattr(bench, "_rows", wrong)
+    code, out, err = qprune("--out", str(tmp_path / "cpu.json"), "--threads", "1")
+    assert code == 1 and "not timed: eager: dx differs" in err and "a step" not in out
+    assert len(json.loads((tmp_path / "cpu.json").read_text())["rows"]) == 1
 
 
-def test_table_and_json(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("benchmarks.rows.measure", lambda quick, device: iter(ROWS))
+def test_table_and_json(fixed: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "results" / "cpu.json"
-    assert main(["--markdown", "--out", str(out), "--threads", str(torch.get_num_threads())]) == 0
+    code, _, _ = qprune("--markdown", "--out", str(out), "--threads", str(torch.get_num_threads()))
+    assert code == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "| a step | 102 ms | 1.30 |  | 0.11 |  | float ≤ 1.35, branches ≤ 0.333 | yes |" in lines
-    assert "| an operation | 0.0301 ms |  | 0.05 |  | 1.20 | compile ≤ 1.00 | no |" in lines
+    header = next(line for line in lines if line.startswith("| case"))
+    assert header == (
+        "| case | qprune | 20 to 80 % | GB/s | of copy | TFLOP/s | of matmul | memory | float | eager | branches | compile | target | met |"
+    )
+    assert "| a step | 102 ms |  |  |  |  |  |  | 1.30 |  | 0.11 |  | float ≤ 1.35, branches ≤ 0.333 | yes |" in lines
+    assert "| an operation | 0.0301 ms | 0.03 to 0.0302 |  |  |  |  |  |  | 0.05 |  | 1.20 | compile ≤ 1.00 | no |" in lines
+    assert "| bandwidth | 2.00 ms |  | 4.00 | 25% | 2.00 | 25% | 3.00 MiB |  |  |  |  |  |  |" in lines
+    assert any(line.startswith("| not built | skipped: mixed_depthwise is missing |") for line in lines)
     content = json.loads(out.read_text(encoding="utf-8"))
-    assert content["command"].startswith("python -m benchmarks --markdown")
+    assert content["command"].startswith("qprune bench --markdown") and content["complete"]
     assert content["machine"]["torch"] == torch.__version__ and content["machine"]["commit"]
-    assert [row["met"] for row in content["rows"]] == [True, False, True, None]
-    console = Console(width=160, record=True, file=io.StringIO())
-    console.print(table.rich_table(ROWS, machine.describe("cpu")))
-    assert "an operation" in console.export_text()
+    assert [row["met"] for row in content["rows"]] == [True, False, True, None, None, None]
+    assert content["rows"][4]["of_copy"] == 0.25 and content["rows"][4]["of_matmul"] == 0.25
+    console = Console(width=100, record=True, file=io.StringIO())
+    for part in table.rich_tables(ROWS, {**machine.describe("cpu"), "rates": RATES}):
+        console.print(part)
+    text = console.export_text()
+    assert "an operation" in text and "0.0301 ms" in text and "25%" in text
+
+
+def test_against_an_older_run(fixed: None, tmp_path: Path) -> None:
+    old = tmp_path / "old.json"
+    qprune("--out", str(old), "--threads", "1")
+    content = json.loads(old.read_text())
+    content["rows"][0]["value"] = content["rows"][0]["values"]["qprune"] = 90.0
+    content["rows"][1] |= {"value": 0.0303, "band": [0.0301, 0.0306]}
+    content["machine"]["device"] = "another machine"
+    old.write_text(json.dumps(content))
+    code, out, _ = qprune("--against", str(old), "--threads", "1")
+    assert code == 0
+    step = next(line for line in out.splitlines() if "a step" in line and "+12.8%" in line)
+    assert "slower" in step and "90.0 ms" in step
+    assert any("within noise" in line and "-0.7%" in line for line in out.splitlines())
+    assert "differ in device" in " ".join(out.split())
+
+
+@pytest.mark.parametrize("band, verdict", [((9.9, 10.1), "faster"), ((8.0, 12.0), "within noise")])
+def test_only_changes_beyond_the_noise_count(band: tuple[float, float], verdict: str) -> None:
+    old = dataclasses.replace(Row("x", 10.0, "ms", values={"qprune": 10.0}), band=band).as_dict()
+    new = dataclasses.replace(Row("x", 9.5, "ms", values={"qprune": 9.5}), band=(9.4, 9.6)).as_dict()
+    assert [line[-1] for line in against.compare([old], [new])] == [verdict]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--kernel nope", "--kernel: expected some of training, mix_quantize, multi, mixed_conv2d, depthwise, int8, got 'nope'"),
+        ("--kernel mix_quantize --shapes 4xx4", "--shapes: expected a network (resnet18"),
+        ("--kernel mixed_conv2d --shapes 8x3x8x8", "for a convolution, got '8x3x8x8'"),
+        ("--kernel mixed_conv2d --shapes 8x4x8x8:4x3x3/1g4", "a convolution that is not depthwise, got"),
+        ("--kernel mixed_conv2d --shapes 8x4x8x8:6x3x3/1g4", "that the groups divide, got"),
+        ("--kernel depthwise --shapes resnet18", "such as mobilenetv2, got 'resnet18'"),
+        ("--kernel multi --shapes vgg", "--shapes: expected one of resnet18"),
+        ("--kernel training --shapes resnet18", "--shapes: expected resnet20 for training"),
+        ("--w-bits 2,x", "--w-bits: expected numbers like 2,4,8, got '2,x'"),
+        ("--a-bits 9", "--a-bits: expected bits from 0 (pruned), 1 … 8, 32 (float), got 9"),
+        ("--dtype fp8", "--dtype: expected some of fp32, bf16, fp16, got 'fp8'"),
+        ("--direction sideways", "--direction: expected some of forward, backward, both, got 'sideways'"),
+        ("--baselines tvm", "--baselines: expected some of eager"),
+        ("--batch -1", "--batch: expected a positive number, got -1"),
+        ("--device tpu", "--device: expected some of cpu, cuda, got 'tpu'"),
+        ("--against nowhere.json", "--against: expected a JSON file written by --out, got nowhere.json"),
+    ],
+)
+def test_mistakes_are_one_line(words: str, message: str) -> None:
+    code, _, err = qprune(*words.split())
+    assert code == 2 and message in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu_is_said_in_one_line() -> None:
+    code, _, err = qprune("--device", "cuda")
+    assert code == 2 and "--device: expected cpu, since torch sees no CUDA device, got cuda" in err
+
+
+def test_a_user_measures_a_shape_of_their_own(tmp_path: Path) -> None:
+    out = tmp_path / "mine.json"
+    words = (
+        "--kernel mix_quantize,mixed_conv2d,int8 --shapes 2x4x6x6:8x3x3/2 --quick --baselines eager --direction both,forward --threads 1"
+    )
+    code, _, err = qprune(*words.split(), "--kernel", "mixed_conv2d,int8", "--out", str(out))
+    assert code == 0, err
+    found = json.loads(out.read_text())["rows"]
+    assert [(row["kernel"], row["direction"]) for row in found] == [
+        ("mixed_conv2d", "both"),
+        ("mixed_conv2d", "forward"),
+        ("int8", "forward"),
+    ]
+    for row in found:
+        assert row["value"] > 0 and row["ratios"]["eager"] > 0 and row["rounds"] == 3 and row["of_copy"] > 0 and row["of_matmul"] > 0
+    assert found[0]["memory"]["qprune-library"] > 0 and set(found[0]["values"]) == {"eager", "qprune-library", "qprune-fused"}
+
+
+def test_time_runs_out(monkeypatch: pytest.MonkeyPatch, fixed: None, tmp_path: Path) -> None:
+    code, _, err = qprune("--seconds", "1e-9", "--out", str(tmp_path / "x.json"), "--threads", "1")
+    assert code == 0 and "stopped after 1e-09 s" in err
+    content = json.loads((tmp_path / "x.json").read_text())
+    assert len(content["rows"]) == 1 and not content["complete"]
 
 
 def test_rounds_alternate_and_ratios_are_paired() -> None:
@@ -78,6 +221,99 @@ def test_rounds_alternate_and_ratios_are_paired() -> None:
     assert paired.ratio("a", "b") == 2.0 and paired.fastest(["a", "b"]) == "b"
 
 
+def test_of_several_variants_the_fastest_is_shown() -> None:
+    timings = measure.Timings(
+        {"qprune-library": [3.0] * 3, "qprune-fused": [2.0] * 3, "compile-eager": [4.0] * 3, "compile-reference": [8.0] * 3}
+    )
+    row = rows.timed("x", timings)
+    assert row.value == 2000.0 and row.variant == {"qprune": "qprune-fused", "compile": "compile-eager"}
+    assert row.ratios["compile"] == 0.5 and row.ratios["compile-reference"] == 0.25
+    assert table.cells(row)["qprune"] == "2000 ms (fused)"
+
+
+def test_a_gpu_clock_adds_up_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    """elapsed_time is float32 milliseconds: after an hour a microsecond would be lost."""
+
+    class Event:
+        now = 0.0
+
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.time, Event.now = Event.now, Event.now + 1800.0
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, other: Event) -> float:
+            return float(torch.tensor((other.time - self.time) * 1e3, dtype=torch.float32))
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    clock = measure.clock("cuda")
+    assert [clock(), clock(), clock()] == [0.0, 1800.0, 3600.0]
+
+
 def test_kept_bytes_counts_each_storage_once() -> None:
     x, w = torch.randn(8, 4, requires_grad=True), torch.randn(4, requires_grad=True)
     assert measure.kept_bytes(lambda: (x * w) * (x * w).exp(), [w]) == 3 * x.nbytes
+
+
+@pytest.mark.parametrize(
+    "name, count, distinct, weights",
+    [("resnet18", 20, 11, 11_678_912), ("resnet50", 53, 23, 25_502_912), ("mobilenetv2", 52, 30, 3_469_760)],
+)
+def test_layers_of_the_networks(name: str, count: int, distinct: int, weights: int) -> None:
+    every, some = shapes.convolutions(name, 256, distinct=False), shapes.convolutions(name, 256)
+    assert len(every) == count and len(some) == distinct and sum(shape.count for shape in some) == count
+    assert sum(torch.Size(shape).numel() for shape in shapes.weights(name)) == weights
+
+
+def test_a_written_shape_is_that_of_the_network() -> None:
+    traced = shapes.convolutions("resnet18", 256)[1]
+    assert (
+        dataclasses.replace(traced, name="", count=1) == shapes.convolution("256x64x56x56:64x3x3/1")
+        and str(traced) == "256x64x56x56:64x3x3/1"
+    )
+    with pytest.raises(InputError, match="--shapes: expected positive numbers"):
+        shapes.convolution("1x3x2x2:4x0x3")
+
+
+def test_predictions_by_hand() -> None:
+    """Two shapes: a 3x3 convolution that is bound by its dot products, and a 1x1 one that is bound by its bytes."""
+    gpu = predict.Gpu("round", copy=1e12, matmul=1e15, slots=1e15, launch=1e-6, library=0.5, fused=0.5)
+    dense = shapes.convolution("1x64x8x8:64x3x3/1")
+    assert dense.flops == 2 * 64 * 64 * 9 * 64
+    x, w = 64 * 64 * 2, 64 * 64 * 9 * 2
+    forward, backward = predict.library(dense, dataclasses.replace(gpu, matmul=1e11))
+    assert forward == pytest.approx(1e-6 + dense.flops / 0.5e11) and backward == pytest.approx(2 * forward)
+    assert predict.library(dense, gpu)[0] == pytest.approx(1e-6 + (2 * x + w) / 1e12)
+    wide = shapes.convolution("2x16x4x4:32x1x1/1")
+    x, y, w = 2 * 16 * 16 * 2, 2 * 16 * 32 * 2, 3 * 16 * 32 * 2
+    fused = predict.joint_fused(wide, 3, gpu)
+    assert fused.forward == pytest.approx(1e-6 + (x + y + w) / 1e12)
+    assert fused.backward == pytest.approx(2e-6 + (2 * x + y + w) / 1e12 + 2e-6 + (x + y + w) / 1e12)
+    library = predict.joint_library(wide, 3, gpu)
+    assert library.forward == pytest.approx(1e-6 + 4 * x / 1e12 + 1e-6 + (3 * x + y + w) / 1e12)
+    assert predict.joint_route(wide, 3, dataclasses.replace(gpu, launch=0.0)) == "fused"
+
+
+def test_roofline_prints_tables_and_routes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    rates = tmp_path / "rates.json"
+    rates.write_text(json.dumps({"machine": {"rates": {**RATES, "copy": 4e12}}, "rows": []}))
+    assert roofline.main(["--network", "resnet18", "--rates", str(rates), "--matmul", "7e14"]) == 0
+    text = capsys.readouterr().out
+    assert (
+        "copy=4000000000000.0, matmul=700000000000000.0" in text and "256x64x56x56:64x3x3/1" in text and "search step of ResNet-18" in text
+    )
+    assert roofline.main(["--routes"]) == 0
+    found: dict[str, Any] = {}
+    exec(capsys.readouterr().out, found)
+    assert found["ROUTES"][1, 256, 64, 3] == "fused" and found["ROUTES"][9, 512, 512, 3] == "library"
+    assert found["ROUTES"] == roofline.route_table()
+
+
+def test_slow_instructions_send_a_layer_to_the_library() -> None:
+    layer = shapes.convolution("256x64x56x56:256x1x1/1")
+    assert predict.joint_route(layer, 3) == "fused"
+    assert predict.joint_route(layer, 3, dataclasses.replace(predict.H200, slots=1e12)) == "library"

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+TOPS = ("qprune", "kernels", "benchmarks")
 IGNORED = shutil.ignore_patterns("__pycache__", "*.pyc", "*.so")
 MAP = runpy.run_path(str(ROOT / "setup.py"), run_name="package_map")
 
@@ -46,7 +47,7 @@ def test_a_bare_checkout_is_importable_without_a_warning(tmp_path: Path) -> None
 
 
 def test_the_package_map_lists_every_package_folder() -> None:
-    folders = {str(file.parent.relative_to(ROOT)) for top in ("qprune", "kernels") for file in (ROOT / top).rglob("*.py")}
+    folders = {str(file.parent.relative_to(ROOT)) for top in TOPS for file in (ROOT / top).rglob("*.py")}
     assert set(MAP["PACKAGES"].values()) == folders
     assert {
         name: folder for name, folder in MAP["PACKAGES"].items() if installed_name(ROOT / folder / "_") != f"{name.replace('.', '/')}/_"
@@ -76,7 +77,7 @@ def test_the_wheel_holds_every_file_of_the_packages_and_no_other(tmp_path: Path)
     source.mkdir()
     for file in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, source)
-    for folder in ("qprune", "kernels", "tests"):
+    for folder in (*TOPS, "tests"):
         shutil.copytree(ROOT / folder, source / folder, ignore=IGNORED)
     stale = source / "build" / "lib" / "qprune" / "removed_long_ago.py"
     stale.parent.mkdir(parents=True)
@@ -105,9 +106,9 @@ def test_the_wheel_holds_every_file_of_the_packages_and_no_other(tmp_path: Path)
         entry_points = archive.read(f"qprune-{version}.dist-info/entry_points.txt").decode()
     expected = {
         installed_name(ROOT / path.relative_to(source))
-        for top in ("qprune", "kernels")
+        for top in TOPS
         for path in (source / top).rglob("*")
-        if path.is_file()
+        if path.is_file() and (top != "benchmarks" or path.suffix == ".py")
     }
     assert names == expected
     assert {"qprune/py.typed", "qprune/kernels/reference.py", "qprune/kernels/cpu/mix_quantize.cpp"} <= names
