@@ -10,11 +10,13 @@ are read off by an allocation under the exact budget instead of an arg-max.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qprune.errors import InputError
 from qprune.prepare import arch_parameters, weight_parameters
 from qprune.search.method import Closure, Method, StepResult
 
@@ -27,55 +29,70 @@ class Darts(Method):
 
     def __init__(self, *args: Any, second_order: bool = False) -> None:
         super().__init__(*args)
+        if second_order and self.recorder is not None:
+            raise InputError("darts: second_order=True reads numbers back in every step and cannot be recorded; leave out cuda_graph=True")
         self.second_order = second_order
 
-    def step(self, closure: Closure, arch_closure: Closure | None = None) -> StepResult:
+    def step(
+        self, closure: Closure, arch_closure: Closure | None = None, batch: Sequence[Tensor] = (), arch_batch: Sequence[Tensor] = ()
+    ) -> StepResult:
         """Logits learn from arch_closure, then weights from closure. With one closure, calls alternate: weights, logits, weights, …"""
         self.optimizers.schedule(self.steps)
-        arch_turn = arch_closure is not None or self.steps % 2 == 1
-        slack = self._arch_step(closure, arch_closure or closure) if arch_turn else self.constraint.slack(self.expected_cost())
-        if arch_closure is None and arch_turn:
-            return self.result(self.last_loss, slack)
+        if arch_closure is None and self.steps % 2 == 1:
+            return self.result(self._arch(closure, batch, closure, batch))
+        if arch_closure is not None:
+            self._arch(arch_closure, arch_batch, closure, batch)
+        return self.result(self.run(self.weight_update, closure, batch))
+
+    def weight_update(self, closure: Closure, batch: Sequence[Tensor]) -> Tensor:
         self.optimizers.zero_grad()
-        loss = self.finite_loss(closure)
+        loss = self.task_loss(closure, batch)
         loss.backward()
         self.optimizers.step_weights()
-        return self.result(loss, slack)
+        with torch.no_grad():
+            return self.values(loss, self.constraint.slack(self.expected_cost()))
 
-    def _arch_step(self, closure: Closure, arch_closure: Closure) -> dict[str, Tensor]:
+    def arch_update(self, closure: Closure, batch: Sequence[Tensor]) -> Tensor:
         self.optimizers.zero_grad()
         slack = self.constraint.slack(self.expected_cost())
-        penalty = self.constraint.penalty(slack)
-        if self.second_order:
-            gradient = self._unrolled(closure, arch_closure)
-            penalty.backward()
-            for p, g in zip(arch_parameters(self.model), gradient, strict=True):
-                p.grad = g if p.grad is None else p.grad + g
-        else:
-            self.last_loss = self.finite_loss(arch_closure)
-            (self.last_loss + penalty).backward()
+        loss = self.task_loss(closure, batch)
+        (loss + self.constraint.penalty(slack)).backward()
         self.optimizers.step_arch()
         self.constraint.update(slack)
-        return slack
+        return self.values(loss, slack)
 
-    def _unrolled(self, closure: Closure, arch_closure: Closure) -> list[Tensor]:
-        """∇α L_val(w − ξ∇w L_train(w, α), α), the second derivative by finite differences."""
+    def _arch(self, closure: Closure, batch: Sequence[Tensor], train: Closure, train_batch: Sequence[Tensor]) -> Tensor:
+        """An update of the logits on closure, with `train` as the step that the second order unrolls."""
+        if not self.second_order:
+            return self.run(self.arch_update, closure, batch)
+        self.optimizers.zero_grad()
+        slack = self.constraint.slack(self.expected_cost())
+        loss, gradient = self._unrolled(lambda m: train(m, *train_batch), lambda m: closure(m, *batch))
+        self.constraint.penalty(slack).backward()
+        for p, g in zip(arch_parameters(self.model), gradient, strict=True):
+            p.grad = g if p.grad is None else p.grad + g
+        self.optimizers.step_arch()
+        self.constraint.update(slack)
+        return self.values(loss, slack)
+
+    def _unrolled(self, closure: Closure, arch_closure: Closure) -> tuple[Tensor, list[Tensor]]:
+        """L_val and ∇α L_val(w − ξ∇w L_train(w, α), α), the second derivative by finite differences."""
         weights, arch = weight_parameters(self.model), arch_parameters(self.model)
         rate = self.optimizers.weights.param_groups[0]["lr"]
         start = [p.detach().clone() for p in weights]
-        first = _gradients(self.finite_loss(closure), weights)
+        first = _gradients(self.task_loss(closure), weights)
         _shift(weights, start, first, -rate)
-        self.last_loss = self.finite_loss(arch_closure)
-        together = _gradients(self.last_loss, [*weights, *arch])
+        loss = self.task_loss(arch_closure)
+        together = _gradients(loss, [*weights, *arch])
         by_weight, by_arch = together[: len(weights)], together[len(weights) :]
         norm = torch.stack([g.square().sum() for g in by_weight]).sum().sqrt().clamp_min(1e-12)
         epsilon = float(0.01 / norm)
         sides = []
         for sign in (1.0, -1.0):
             _shift(weights, start, by_weight, sign * epsilon)
-            sides.append(_gradients(self.finite_loss(closure), arch))
+            sides.append(_gradients(self.task_loss(closure), arch))
         _shift(weights, start, by_weight, 0.0)
-        return [g - rate * (up - down) / (2 * epsilon) for g, up, down in zip(by_arch, *sides, strict=True)]
+        return loss, [g - rate * (up - down) / (2 * epsilon) for g, up, down in zip(by_arch, *sides, strict=True)]
 
 
 def _gradients(loss: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from qprune.search.allocate import allocate, check_feasible
 from qprune.search.constraint import Constraint
 from qprune.search.darts import Darts
 from qprune.search.edmips import EdMIPS
+from qprune.search.graph import Recorder
 from qprune.search.method import Closure, Method, StepResult
 from qprune.search.optimizers import Optimizers
 
@@ -45,6 +46,8 @@ class Search:
     dual_rate, rho  of the budget's Lagrangian (see qprune.search.constraint)
     convention      how bit operations are counted (see qprune.cost)
     example_inputs  for a model that was not prepared with them
+    cuda_graph      record the whole step as a CUDA graph and replay it: one launch, no waiting for the device within a step. Batches must
+                    be passed to `step` (as `fit` does), and a loss that is not finite is reported by the next step, parameters unchanged
     method_options  of the method, such as second_order=True for "darts"
 
     Raises QPruneError for an unknown method, InputError where the geometry is unknown, and InfeasibleBudgetError for a budget that no
@@ -68,6 +71,7 @@ class Search:
         rho: float = 1.0,
         convention: str = "product",
         example_inputs: ExampleInputs | None = None,
+        cuda_graph: bool = False,
         **method_options: Any,
     ) -> None:
         if method not in METHODS:
@@ -82,19 +86,34 @@ class Search:
         self.model, self.budget, self.convention = model, budget, convention
         self.limits = budget.limits(geometry, record.fixed, convention)
         check_feasible(model, budget, convention)
-        constraint = Constraint(self.limits, dual_rate, rho)
-        optimizers = Optimizers(model, weight_lr, arch_lr, quantizer_lr, weight_decay, momentum, steps)
-        self.method = METHODS[method](model, constraint, optimizers, convention, **method_options)
+        device = next(model.parameters()).device
+        recorder = Recorder(device) if cuda_graph else None
+        constraint = Constraint(self.limits, dual_rate, rho, device=device)
+        optimizers = Optimizers(model, weight_lr, arch_lr, quantizer_lr, weight_decay, momentum, steps, recordable=cuda_graph)
+        self.method = METHODS[method](model, constraint, optimizers, convention, recorder, **method_options)
+        self._hits = torch.zeros((), dtype=torch.int64, device=device)
         self.steps, self.final_temperature = steps, final_temperature
         self.history: list[dict[str, Any]] = []
 
-    def step(self, closure: Closure, arch_closure: Closure | None = None) -> StepResult:
-        """One step on closure(model) → loss, without the budget's term. "darts" takes a second closure on other data for the gates; without
-        it, calls alternate between weights and gates. Raises NonFiniteError, leaving the parameters as they were, for a NaN or infinite
-        loss."""
+    def step(
+        self,
+        closure: Closure,
+        arch_closure: Closure | None = None,
+        batch: Sequence[Tensor] = (),
+        arch_batch: Sequence[Tensor] = (),
+    ) -> StepResult:
+        """One step on closure(model, *batch) → loss, without the budget's term. "darts" takes a second closure on other data for the gates;
+        without it, calls alternate between weights and gates. Raises NonFiniteError, leaving the parameters as they were, for a NaN or
+        infinite loss.
+
+        With cuda_graph=True the tensors that change from step to step must come in through `batch` (and `arch_batch`), since a closure is
+        recorded once: InputError without.
+        """
+        if self.method.recorder is not None and not (batch and (arch_closure is None or arch_batch)):
+            raise InputError("cuda_graph=True: pass what changes from step to step as step(closure, batch=(x, y)), closure(model, x, y)")
         if self.steps:
             set_gates(self.model, temperature=self.final_temperature ** min(self.method.steps / self.steps, 1.0))
-        return self.method.step(closure, arch_closure)
+        return self.method.step(closure, arch_closure, batch, arch_batch)
 
     def fit(
         self,
@@ -127,34 +146,31 @@ class Search:
         self.model.train()
         device = next(self.model.parameters()).device
         others = _endless(arch_loader) if arch_loader is not None and self.method.two_streams else None
-        hits, seen, total, result = torch.zeros((), device=device), 0, 0.0, None
 
-        def closure_on(x: Tensor, y: Tensor, count: bool) -> Closure:
-            def closure(model: nn.Module) -> Tensor:
-                logits = model(x)
-                if count:
-                    hits.copy_((logits.detach().argmax(1) == y).sum())
-                return loss(logits, y)
+        def counting(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+            logits = model(x)
+            self._hits.add_((logits.detach().argmax(1) == y).sum())
+            return loss(logits, y)
 
-            return closure
+        def plain(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+            return loss(model(x), y)
 
-        correct = 0.0
-        for x, y in loader:
-            main, size = closure_on(x.to(device), y.to(device), count=True), len(y)
-            other = None
-            if others is not None:
-                x, y = next(others)
-                other = closure_on(x.to(device), y.to(device), count=False)
-            result = self.step(main, other)
-            seen, total, correct = seen + size, total + result.loss * size, correct + float(hits)
+        self._hits.zero_()
+        total, seen, result = torch.zeros((), dtype=torch.float64, device=device), 0, None
+        for batch in loader:
+            x, y = (t.to(device, non_blocking=True) for t in batch)
+            other = [] if others is None else [t.to(device, non_blocking=True) for t in next(others)]
+            result = self.step(counting, plain if other else None, (x, y), other)
+            total, seen = total + result.values[0] * len(y), seen + len(y)
             if on_step is not None:
                 on_step(result)
         if result is None:
             raise InputError("the loader gave no batch")
+        self.method.settle()
         return {
             "epoch": len(self.history),
-            "loss": total / seen,
-            "accuracy": correct / seen,
+            "loss": float(total) / seen,
+            "accuracy": int(self._hits) / seen,
             "cost_ratio": result.cost_ratio,
             "multiplier": result.multiplier,
             **gate_summary(self.model),
@@ -163,6 +179,7 @@ class Search:
     def policy(self) -> Policy:
         """The likeliest policy within the budget, with what is left of the budget spent on more bits (see `allocate`). Raises
         InfeasibleBudgetError if none fits."""
+        self.method.settle()
         return allocate(self.model, self.budget, convention=self.convention, spend=True)
 
     def state_dict(self) -> dict[str, Any]:

@@ -12,20 +12,29 @@ an augmented Lagrangian instead of a fixed weight, and the bits are read off by 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from torch import Tensor
+
 from qprune.search.method import Closure, Method, StepResult
 
 
 class EdMIPS(Method):
     name = "edmips"
 
-    def step(self, closure: Closure, arch_closure: Closure | None = None) -> StepResult:
+    def step(
+        self, closure: Closure, arch_closure: Closure | None = None, batch: Sequence[Tensor] = (), arch_batch: Sequence[Tensor] = ()
+    ) -> StepResult:
         """One update of weights, quantizers and gates on the same batch. arch_closure is not used."""
         self.optimizers.schedule(self.steps)
+        return self.result(self.run(self.update, closure, batch))
+
+    def update(self, closure: Closure, batch: Sequence[Tensor]) -> Tensor:
         self.optimizers.zero_grad()
-        loss = self.finite_loss(closure)
+        loss = self.task_loss(closure, batch)
         slack = self.constraint.slack(self.expected_cost())
         (loss + self.constraint.penalty(slack)).backward()
         self.optimizers.step_weights()
         self.optimizers.step_arch()
         self.constraint.update(slack)
-        return self.result(loss, slack)
+        return self.values(loss, slack)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -16,57 +15,115 @@ from qprune.health import first_nonfinite_layer
 from qprune.nn.premix import Premix
 from qprune.search.constraint import Constraint
 from qprune.search.expected import ExpectedCost
+from qprune.search.graph import Recorder, Update
 from qprune.search.optimizers import Optimizers
 
-Closure = Callable[[nn.Module], Tensor]
+Closure = Callable[..., Tensor]
+"""(model, *batch) → loss."""
 
 
-@dataclass(frozen=True)
 class StepResult:
-    """loss: of the task; cost_ratio: expected cost over budget, the largest of several; multiplier: the budget's weight in the loss."""
+    """What one step saw, read back from the device when it is first asked for.
 
-    loss: float
-    cost_ratio: float
-    multiplier: float
+    loss        of the task
+    cost_ratio  expected cost over budget, the largest of several
+    multiplier  the budget's weight in the loss
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+
+    @functools.cached_property
+    def _numbers(self) -> list[float]:
+        return self.values.tolist()  # type: ignore[no-any-return]
+
+    @property
+    def loss(self) -> float:
+        return self._numbers[0]
+
+    @property
+    def cost_ratio(self) -> float:
+        return self._numbers[1]
+
+    @property
+    def multiplier(self) -> float:
+        return self._numbers[2]
 
 
 class Method:
-    """Base of the search methods. One `step` is one update of the weights, of the gates, or of both."""
+    """Base of the search methods. One `step` is one update of the weights, of the gates, or of both.
+
+    recorder  replays updates as CUDA graphs. Nothing may then wait for the device within an update: one with a loss that is not finite
+              changes no parameter, and `settle` raises afterwards
+    """
 
     name: ClassVar[str]
     two_streams: ClassVar[bool] = False
     """True if gates learn on other data than weights: `step` then takes a second closure, `fit` a second loader."""
 
-    def __init__(self, model: nn.Module, constraint: Constraint, optimizers: Optimizers, convention: str) -> None:
+    def __init__(
+        self, model: nn.Module, constraint: Constraint, optimizers: Optimizers, convention: str, recorder: Recorder | None = None
+    ) -> None:
         self.model, self.constraint, self.optimizers, self.convention = model, constraint, optimizers, convention
+        self.recorder = recorder
         self.premix = Premix(model)
         self.steps = 0
+        self._unsettled: tuple[StepResult, Closure, Sequence[Tensor]] | None = None
 
-    def step(self, closure: Closure, arch_closure: Closure | None = None) -> StepResult:
+    def step(
+        self, closure: Closure, arch_closure: Closure | None = None, batch: Sequence[Tensor] = (), arch_batch: Sequence[Tensor] = ()
+    ) -> StepResult:
+        """closure(model, *batch) → loss; arch_closure the same on the data for the gates."""
         raise NotImplementedError
 
     @functools.cached_property
     def expected_cost(self) -> ExpectedCost:
         return ExpectedCost(self.model, self.convention)
 
-    def finite_loss(self, closure: Closure) -> Tensor:
-        """The task loss. Raises NonFiniteError, before anything is updated, if it is NaN or infinite."""
+    def run(self, update: Update, closure: Closure, batch: Sequence[Tensor]) -> Tensor:
+        """update(closure, batch), or its replay."""
+        if self.recorder is None:
+            return update(closure, batch)
+        self.settle()
+        values = self.recorder(update, closure, batch)
+        self._unsettled = (StepResult(values), closure, batch)
+        return values
+
+    def task_loss(self, closure: Closure, batch: Sequence[Tensor] = ()) -> Tensor:
+        """closure(model, *batch). Before anything is updated, raises NonFiniteError if it is NaN or infinite; with a recorder the
+        optimizers are told to change nothing instead."""
         with self.premix:
-            loss = closure(self.model)
-        if not bool(torch.isfinite(loss)):
-            layer = first_nonfinite_layer(self.model, lambda: closure(self.model))
-            raise NonFiniteError(self.steps, layer, loss.item())
+            loss = closure(self.model, *batch)
+        if self.recorder is not None:
+            self.optimizers.skip_if(~torch.isfinite(loss.detach()))
+        elif not bool(torch.isfinite(loss)):
+            self._refuse(loss.item(), closure, batch)
         return loss
 
-    def result(self, loss: Tensor, slack: dict[str, Tensor]) -> StepResult:
+    def settle(self) -> None:
+        """Wait for the last update; raises NonFiniteError if its loss was NaN or infinite."""
+        if self._unsettled is not None:
+            (result, closure, batch), self._unsettled = self._unsettled, None
+            if not math.isfinite(result.loss):
+                self._refuse(result.loss, closure, batch, self.steps - 1)
+
+    def _refuse(self, loss: float, closure: Closure, batch: Sequence[Tensor], step: int | None = None) -> NoReturn:
+        layer = first_nonfinite_layer(self.model, lambda: closure(self.model, *batch))
+        raise NonFiniteError(self.steps if step is None else step, layer, loss)
+
+    def values(self, loss: Tensor, slack: Tensor) -> Tensor:
+        """What a StepResult holds, on the device."""
+        return torch.stack([loss.detach().double(), *self.constraint.worst(slack)])
+
+    def result(self, values: Tensor) -> StepResult:
         self.steps += 1
-        values = {name: float(s.detach()) for name, s in slack.items()}
-        worst = max(values, key=lambda name: values[name])
-        return StepResult(loss.item(), math.exp(values[worst]), self.constraint.multipliers[worst])
+        return StepResult(values)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": self.steps, "multipliers": dict(self.constraint.multipliers), "optimizers": self.optimizers.state_dict()}
+        return {"steps": self.steps, "multipliers": self.constraint.multipliers, "optimizers": self.optimizers.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.steps, self.constraint.multipliers = state["steps"], dict(state["multipliers"])
+        self.steps, self.constraint.multipliers = state["steps"], state["multipliers"]
         self.optimizers.load_state_dict(state["optimizers"])
+        if self.recorder is not None:
+            self.recorder.clear()

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qprune.prepare import arch_parameters, quantizer_parameters, weight_parameters
 
@@ -14,7 +14,8 @@ from qprune.prepare import arch_parameters, quantizer_parameters, weight_paramet
 class Optimizers:
     """weights: SGD with Nesterov momentum, decay on weights only; quantizers: Adam without decay; arch: Adam without decay.
 
-    total  steps after which weights and quantizers have cooled down to 0 along a half cosine; None: constant rates
+    total       steps after which weights and quantizers have cooled down to 0 along a half cosine; None: constant rates
+    recordable  updates work on the device alone, so that they can be part of a CUDA graph: fused kernels, rates as tensors
     """
 
     def __init__(
@@ -26,6 +27,7 @@ class Optimizers:
         weight_decay: float = 5e-4,
         momentum: float = 0.9,
         total: int | None = None,
+        recordable: bool = False,
     ) -> None:
         quantizers = quantizer_parameters(model)
         skip = {id(p) for p in quantizers}
@@ -35,11 +37,24 @@ class Optimizers:
             {"params": [p for p in weights if p.dim() <= 1], "weight_decay": 0.0},
         ]
         self.model, self.total = model, total
-        self.weights = torch.optim.SGD([g for g in groups if g["params"]], lr=weight_lr, momentum=momentum, nesterov=momentum > 0)
+        device = weights[0].device if weights else None
+        options: dict[str, Any] = {"fused": True} if recordable else {}
+        adam: dict[str, Any] = {**options, "capturable": True} if recordable and device is not None and device.type == "cuda" else options
+
+        def rate(value: float) -> Any:
+            return torch.tensor(value, device=device) if recordable else value
+
+        nesterov = momentum > 0
+        self.weights = torch.optim.SGD([g for g in groups if g["params"]], rate(weight_lr), momentum, nesterov=nesterov, **options)
         arch = arch_parameters(model)
-        self.arch = torch.optim.Adam(arch, lr=arch_lr, betas=(0.5, 0.999)) if arch else None
-        self.quantizers = torch.optim.Adam(quantizers, lr=quantizer_lr) if quantizers else None
-        self.base = [(optimizer, optimizer.param_groups[0]["lr"]) for optimizer in (self.weights, self.quantizers) if optimizer is not None]
+        self.arch = torch.optim.Adam(arch, rate(arch_lr), betas=(0.5, 0.999), **adam) if arch else None
+        self.quantizers = torch.optim.Adam(quantizers, rate(quantizer_lr), **adam) if quantizers else None
+        rates = ((self.weights, weight_lr), (self.quantizers, quantizer_lr))
+        self.base = [(optimizer, lr) for optimizer, lr in rates if optimizer is not None]
+        if recordable and momentum > 0:
+            # the fused kernel would leave these uninitialised if the very first update were skipped
+            for p in weights:
+                self.weights.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
     def zero_grad(self) -> None:
         self.model.zero_grad(set_to_none=True)
@@ -51,7 +66,15 @@ class Optimizers:
         factor = 0.5 * (1 + math.cos(math.pi * min(step / self.total, 1.0)))
         for optimizer, lr in self.base:
             for group in optimizer.param_groups:
-                group["lr"] = lr * factor
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(lr * factor)
+                else:
+                    group["lr"] = lr * factor
+
+    def skip_if(self, flag: Tensor) -> None:
+        """Let the next updates change nothing if the flag, a bool on the device, is set. For recordable optimizers."""
+        for optimizer in self._all().values():
+            optimizer.found_inf = flag.to(torch.float32)  # type: ignore[attr-defined]
 
     def step_weights(self) -> None:
         self.weights.step()
