@@ -89,6 +89,18 @@ def encode_kernel(
     tl.store(p_s + (o_r * padded_w + o_w) * channels + o_c, b_s, mask=m_s)
 
 
+@triton.jit
+def store(acc, p_rows, p_total, p_scale, p_bias, o_f, m_m, e, step, filters, y_f, N: tl.constexpr, BIAS: tl.constexpr):
+    """d_a·d_f·(acc + e·Σ c) + bias to the filters o_f of the output positions p_rows."""
+    m_f = o_f < filters
+    if N > 127:
+        acc += (e * tl.load(p_total + o_f, mask=m_f, other=0))[None, :]
+    b_y = acc.to(tl.float32) * (step * tl.load(p_scale + o_f, mask=m_f, other=0.0))[None, :]
+    if BIAS:
+        b_y += tl.load(p_bias + o_f, mask=m_f, other=0.0)[None, :]
+    tl.store(p_rows[:, None] + o_f[None, :] * y_f, b_y.to(p_rows.dtype.element_ty), mask=m_m & m_f[None, :])
+
+
 @triton.jit(do_not_specialize=["batch", "out_w", "height", "width", "stride_h", "stride_w", "dilation_h", "dilation_w"])
 def conv_int8_kernel(
     p_a,  # rows of channels: x [N, H, W, C] of any float type with INLINE, else s [N, H, W, C] int8, padding included
@@ -133,7 +145,6 @@ def conv_int8_kernel(
     blocks = tl.cdiv(filters, BN)
     i_m = tl.program_id(0) // blocks * BM
     o_f = tl.program_id(0) % blocks * BN + tl.arange(0, BN)
-    m_f = o_f < filters
     group = tl.program_id(1).to(tl.int64)
     i_f = group * filters
     o_m = i_m + tl.arange(0, BM)
@@ -161,13 +172,16 @@ def conv_int8_kernel(
         last = i_k >= run
         i_k = tl.where(last, 0, i_k)
         tap += last.to(tl.int32)
-    if N > 127:
-        acc += (e * tl.load(p_total + i_f + o_f, mask=m_f, other=0))[None, :]
-    b_y = acc.to(tl.float32) * (step * tl.load(p_scale + i_f + o_f, mask=m_f, other=0.0))[None, :]
-    if BIAS:
-        b_y += tl.load(p_bias + i_f + o_f, mask=m_f, other=0.0)[None, :]
     p_y_rows = p_y + i_f * y_f + o_n.to(tl.int64) * y_n + o_p.to(tl.int64) * y_p
-    tl.store(p_y_rows[:, None] + o_f[None, :] * y_f, b_y.to(p_y.dtype.element_ty), mask=(o_n < batch)[:, None] & m_f[None, :])
+    m_m = (o_n < batch)[:, None]
+    if BN > 64:
+        # in two halves, whose scales and biases do not fill the registers together
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
+        o_f = tl.program_id(0) % blocks * BN + tl.arange(0, BN // 2)
+        store(left, p_y_rows, p_total + i_f, p_scale + i_f, p_bias + i_f, o_f, m_m, e, step, filters, y_f, N, BIAS)
+        store(right, p_y_rows, p_total + i_f, p_scale + i_f, p_bias + i_f, o_f + BN // 2, m_m, e, step, filters, y_f, N, BIAS)
+    else:
+        store(acc, p_y_rows, p_total + i_f, p_scale + i_f, p_bias + i_f, o_f, m_m, e, step, filters, y_f, N, BIAS)
 
 
 def encode_constants(tile: EncodeTile, steps: float) -> dict[str, Any]:
