@@ -35,7 +35,8 @@ def mix_quantize(
     """V_1 … V_M of core candidates, concatenated along dimension 1, in one pass over x. Arguments are taken as valid.
 
     x                 any float dtype, dense in any order of dimensions (else it is copied)
-    offset, range, p  [C, K] or [1, K], float32 (float64 for float64 x); C = x.size(axis)
+    offset, range, p  [C, K] or [1, K], float32 (float64 for float64 x); C = x.size(axis). Where offset and range are one column each,
+                      expanded to K (stride 0), the Triton kernels clip once for all candidates that have the same z/n
     steps, zero_point K numbers; steps 0 = pruned, reference.IDENTITY = full precision
     groups            K group numbers 0 … M−1
     pass_through      K flags: gradient to x also where the candidate clips
@@ -47,9 +48,13 @@ def mix_quantize(
     dtype = x.dtype
     if dtype != torch.float64 and x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
+    arguments = (x, offset, range, p, steps, zero_point, axis, groups, pass_through, seed, dtype)
+    if _is_plain(x):
+        out: Tensor = _Direct.apply(*arguments)
+        return out
     # torch.ops is reached through attributes that type checkers do not know
     op: Any = torch.ops.qprune.mix_quantize
-    return op(x, offset, range, p, steps, zero_point, axis, groups, pass_through, seed, dtype)
+    return op(*arguments)
 
 
 def _forward(x, offset, range, p, steps, zero_point, axis, groups, pass_through, seed, dtype):  # type: ignore[no-untyped-def]
@@ -119,3 +124,31 @@ def _refuse(ctx: Any, *grads: Tensor) -> None:
 
 
 torch.library.register_autograd("qprune::mix_quantize_backward", _refuse, lib=_lib)
+
+
+class _Direct(torch.autograd.Function):
+    """The same without the dispatcher, for plain tensors in eager mode: small layers notice its overhead."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        _setup_context(ctx, arguments, arguments[0])
+        return _forward(*arguments)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        if torch.is_grad_enabled() or not _is_plain(grad):
+            return _autograd(ctx, grad)
+        x, offset, range, p, seed = ctx.saved_tensors
+        return *_backward(grad, x, offset, range, p, *ctx.static, seed, ctx.needs_input_grad[1]), *[None] * 7
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Nothing is tracing, transforming or overriding the call."""
+    return (
+        type(x) in (Tensor, torch.nn.Parameter)
+        and x.device.type in ("cpu", "cuda")
+        and not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )

@@ -9,6 +9,7 @@ import pytest
 import torch
 from cases import LSQ, UNSIGNED, Case, Problem, problem
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qprune.functional import mix_quantize
 from qprune.kernels import QPruneError, backend, dispatch, ops
@@ -199,3 +200,24 @@ def test_full_precision_alone_is_the_identity(name: str) -> None:
     with backend(name):
         y = mix_quantize(x, 0 * one, one, one, [math.inf], [0])
     torch.testing.assert_close(y, x, rtol=0, atol=0, equal_nan=True)
+
+
+def test_plain_tensors_go_around_the_dispatcher_and_others_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    direct: list[int] = []
+    original = ops._Direct.apply
+    monkeypatch.setattr(ops._Direct, "apply", lambda *a: (direct.append(1), original(*a))[1])
+    made = problem(WEIGHT)
+    plain = made.run(None)
+    assert direct == [1]
+    with Watch():
+        watched = made.run(None)
+    assert direct == [1]
+    assert {"qprune::mix_quantize", "qprune::mix_quantize_backward"} <= set(seen)
+    assert all(torch.equal(plain[name], watched[name]) for name in plain)
