@@ -180,8 +180,7 @@ def _tile(v: View, size: int, row: int, vector: int, device: Device, registers: 
         # an operation costs the same for 1 and for 10 000 elements there, so few and large programs
         size, row = 2**15, 2**13
     outer, channels, inner = _blocks(v, size, vector, row)
-    # rows that allow no wide access put every element of a thread in a channel of its own
-    warps = max(1, min(4, outer * channels * inner // (32 * max(vector, 2 if v.align == 1 else 4))))
+    warps = max(1, min(4, outer * channels * inner // (32 * max(vector, 2))))
     # as many programs as run at once: more would leave processors idle while the last ones run
     resident = 1 if device.interpreted else 65536 // (32 * warps * registers)
     share = max(1, device.processors * resident // _cdiv(v.channels, channels))

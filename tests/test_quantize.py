@@ -7,6 +7,8 @@ apart, which a GPU contracts, so equality of codes bit for bit is only asked of 
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from cases import CASES, DOREFA, LSQ, PARAMS, SYMMETRIC, UNSIGNED, WITH_SPECIAL, Case, Problem, assert_agree, near_boundary, problem
@@ -240,6 +242,28 @@ def test_the_view_is_the_layout(axis: int | None, groups: int, layout: str) -> N
         out = (o * v.y_outer + c * v.y_channel + i + m * v.y_group).flatten()
         block = described.block
         assert torch.equal(out, position // block * groups * block + m * block + position % block)
+
+
+@pytest.mark.parametrize("state", [8, 11, 16, 31, 60])
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        qprune.kernels.layout.Layout(2**26, 1, 2**26, 1, 2**26),
+        qprune.kernels.layout.Layout(2**21, 512, 2**12, 1, 2**21),
+        qprune.kernels.layout.Layout(32 * 256 * 3136, 256, 1, 1, 32 * 256 * 3136),
+        qprune.kernels.layout.Layout(32 * 256 * 3136, 1, 32 * 256 * 3136, 3, 256),
+    ],
+    ids=["flat", "rows", "channels", "joint"],
+)
+def test_all_programs_of_a_large_tensor_run_at_once(layout: qprune.kernels.layout.Layout, itemsize: int, state: int) -> None:
+    v, device = launch.view(layout), launch.Device(132, 90)
+    for tile in (launch.forward(v, itemsize, device, state), launch.backward(v, itemsize, device, state)):
+        programs = math.prod(candidates.grid(v, tile))
+        resident = -(-programs // device.processors)
+        assert resident * tile.registers * 32 * tile.warps <= 65536
+        assert 32 * tile.warps * resident >= 384
+        assert tile.vector * itemsize <= 16
 
 
 def test_pins_are_checked_and_end_with_the_block() -> None:
