@@ -34,7 +34,6 @@ def forward_rows(
     p_offset,
     p_range,
     p_p,
-    first,
     rows,
     row,
     repeat,
@@ -48,7 +47,7 @@ def forward_rows(
     BI: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """V_1 … V_M of `rows` rows: rows first … of the weight, rows row … of the parameters."""
+    """V_1 … V_M of `rows` rows, from the first ones at p_x and p_y on; rows row … of the parameters."""
     inner = aligned(inner, VECTOR)
     o_r = tl.arange(0, BR)[:, None]
     o_i = tl.arange(0, BI)[None, :]
@@ -56,7 +55,7 @@ def forward_rows(
         m_r = o_r < rows - i_r
         inverse, shift, weight, scale, constant = load_candidates(p_offset, p_range, p_p, row + i_r + o_r, m_r, K, STEPS, ZERO)
         for j in range(repeat):
-            run = (first + i_r + o_r) * repeat + j
+            run = (i_r + o_r).to(tl.int64) * repeat + j
             for i_i in range(0, inner, BI):
                 mask = m_r & (o_i < inner - i_i)
                 b_x = tl.load(wide(p_x, run * inner + i_i + o_i, VECTOR), mask=mask, other=0.0).to(tl.float32)
@@ -99,12 +98,13 @@ def mix_quantize_many_fwd_kernel(
 ):
     """Reads each x once, writes M tensors for each."""
     layer, block, first, rows, row, repeat, inner = load_tile(p_table)
-    p_x = pick(xs, layer, LAYERS).to(tl.pointer_type(X))
-    p_y = pick(ys, layer, LAYERS).to(tl.pointer_type(Y))
+    start = first * repeat * inner
+    p_x = pick(xs, layer, LAYERS).to(tl.pointer_type(X)) + start
+    p_y = pick(ys, layer, LAYERS).to(tl.pointer_type(Y)) + start * M
     for b in tl.static_range(SHAPES):
         if block == b:
             forward_rows(
-                p_x, p_y, p_offset, p_range, p_p, first, rows, row, repeat, inner, K, M, STEPS, ZERO, GROUPS,
+                p_x, p_y, p_offset, p_range, p_p, rows, row, repeat, inner, K, M, STEPS, ZERO, GROUPS,
                 BLOCK_ROWS[b], BLOCK_INNER[b], BLOCK_VECTOR[b],
             )  # fmt: skip
 

@@ -38,7 +38,6 @@ def backward_rows(
     p_d_offset,
     p_d_range,
     p_d_p,
-    first,
     rows,
     row,
     repeat,
@@ -55,7 +54,7 @@ def backward_rows(
     BI: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """Gradients of `rows` rows: rows first … of the weight, rows row … of the parameters."""
+    """Gradients of `rows` rows, from the first ones at p_x, p_g and p_dx on; rows row … of the parameters."""
     inner = aligned(inner, VECTOR)
     o_r = tl.arange(0, BR)[:, None]
     o_i = tl.arange(0, BI)[None, :]
@@ -74,7 +73,7 @@ def backward_rows(
         for _ in tl.static_range(M):
             sum_g += (empty,)
         for j in range(repeat):
-            run = (first + i_r + o_r) * repeat + j
+            run = (i_r + o_r).to(tl.int64) * repeat + j
             for i_i in range(0, inner, BI):
                 mask = m_r & (o_i < inner - i_i)
                 at_x = run * inner + i_i + o_i
@@ -169,13 +168,14 @@ def mix_quantize_many_bwd_kernel(
 ):
     """Reads each x and its M gradients once, writes each dx, and all rows of the gradients of the parameters."""
     layer, block, first, rows, row, repeat, inner = load_tile(p_table)
-    p_x = pick(xs, layer, LAYERS).to(tl.pointer_type(X))
-    p_g = pick(gs, layer, LAYERS).to(tl.pointer_type(G))
-    p_dx = pick(dxs, layer, LAYERS).to(tl.pointer_type(X))
+    start = first * repeat * inner
+    p_x = pick(xs, layer, LAYERS).to(tl.pointer_type(X)) + start
+    p_g = pick(gs, layer, LAYERS).to(tl.pointer_type(G)) + start * M
+    p_dx = pick(dxs, layer, LAYERS).to(tl.pointer_type(X)) + start
     for b in tl.static_range(SHAPES):
         if block == b:
             backward_rows(
-                p_x, p_g, p_dx, p_offset, p_range, p_p, p_d_offset, p_d_range, p_d_p, first, rows, row, repeat, inner,
+                p_x, p_g, p_dx, p_offset, p_range, p_p, p_d_offset, p_d_range, p_d_p, rows, row, repeat, inner,
                 K, M, STEPS, ZERO, GROUPS, THROUGH, OUTSIDE, ACTIVE, BLOCK_ROWS[b], BLOCK_INNER[b], BLOCK_VECTOR[b],
             )  # fmt: skip
 

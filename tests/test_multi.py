@@ -180,15 +180,13 @@ def test_weights_of_several_dtypes(counts: tuple[Count, Count]) -> None:
     assert [len(count.grids) for count in counts] == [2, 2]
 
 
-PINS = [{"many_threads": 512, "many_blocks": 4}, {"many_threads": 1024, "many_warps": 2}]
-
-
-@pytest.mark.parametrize("pins", PINS, ids=str)
-def test_launch_parameters_do_not_change_results(pins: dict[str, int]) -> None:
-    problems = network(DOREFA, SHAPES[:7], groups=(0, 1, 0))
+def test_launch_parameters_do_not_change_results(counts: tuple[Count, Count]) -> None:
+    """With several tiles for a weight, and several blocks of rows in a tile."""
+    problems = network(DOREFA, [((6, 3, 7, 7), "contiguous"), *SHAPES[1:5]], groups=(0, 1, 0))
     want = run(problems, "triton", DEVICE)
-    with launch.pinned(**pins):
+    with launch.pinned(many_threads=128, many_blocks=8, many_warps=2):
         got = run(problems, "triton", DEVICE)
+    assert all(programs > len(problems) for count in counts for (programs,) in count.grids[1:])
     for p, a, b in zip(problems, got, want, strict=True):
         assert_agree(p, a)
         for key in () if GPU else ("y", "x"):
