@@ -10,6 +10,7 @@ conv_grad_weight.py, what all three share in conv_common.py, the weights' blocks
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,9 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch_conv
+from . import launch_conv, layout
 from .candidates import FULL, aligned, device_of, guard
-from .conv_common import border, code_tile, dot, largest, load_quantizers, pick, precision
+from .conv_common import code_tile, dot, largest, load_quantizers, pick, precision
 from .conv_pack import filter_table, pack
 from .launch_conv import ConvShape, ConvTile
 from .reference_conv import Geometry
@@ -28,14 +29,20 @@ from .reference_conv import Geometry
 __all__ = ["forward"]
 
 SIZES = ("pixels", "plane", "out_w", "height", "width", "row", "run", "filters", "tiles")
-_OUTSIDE = tl.constexpr(-(2**30))
+
+
+@triton.jit
+def inside(position, size):
+    """0 ≤ position < size: as unsigned numbers, negative positions are beyond every size."""
+    return position.to(tl.uint32) < size
 
 
 @triton.jit(do_not_specialize=SIZES)
 def mixed_conv_fwd_kernel(
     p_x,  # [N, H, W, row] any float type
-    p_v,  # blocks of `pack`
-    p_y,  # [N, filters, plane], or [N, plane, filters] with LAST; any float type
+    p_v,  # the blocks and sums that `pack` makes
+    p_fix,
+    p_y,  # [N, plane, filters] any float type
     p_offset,  # [M] float32
     p_range,  # [M] float32
     p_filter,  # as `FilterTable`, not read without SAMPLED
@@ -54,47 +61,53 @@ def mixed_conv_fwd_kernel(
     ZERO: tl.constexpr,
     SAMPLED: tl.constexpr,
     FIRST: tl.constexpr,
-    TAPS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    KERNEL: tl.constexpr,
     MERGED: tl.constexpr,
     STRIDE: tl.constexpr,
     PADDING: tl.constexpr,
     DILATION: tl.constexpr,
+    BLOCKS: tl.constexpr,
     EVEN: tl.constexpr,
-    ALIGN: tl.constexpr,
-    LAST: tl.constexpr,
+    ALIGN_X: tl.constexpr,
+    ALIGN_Y: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    BT: tl.constexpr,
 ):
     """y = Σ_m conv(A_m(x), V_m). A program owns BM output positions and BN filters of one group, of one quantizer with SAMPLED.
 
-    FIRST    a quantizer that carries NaN from x to y: the first that contributes
-    COLUMNS  taps side by side, 1 with MERGED
-    EVEN     BK divides run
+    Taps outside the image read zeros, whose codes need not be zero: `p_fix` takes off what they add, in one more product. Masking the
+    tiles instead would keep them from going straight from the loads' shared memory to the registers of the product.
+
+    FIRST   a quantizer that carries NaN from x to y: the first that contributes
+    BLOCKS  of BK elements in a run
+    EVEN    they have no remainder
     """
-    row = aligned(row, ALIGN)
-    run = aligned(run, ALIGN)
-    inverse, shift, center, step = load_quantizers(p_offset, p_range, M, STEPS, ZERO)
+    COLUMNS: tl.constexpr = 1 if MERGED else KERNEL[1]
+    STRIDE_V: tl.constexpr = (1 if SAMPLED else M) * BN * BK
+    row = aligned(row, ALIGN_X)
+    run = aligned(run, ALIGN_X)
+    filters = aligned(filters, ALIGN_Y)
+    inverse, shift, center, step = load_quantizers(p_offset, p_range, M, STEPS, ZERO, True)
     tile = tl.program_id(0) % tiles
     i_m = (tl.program_id(0) // tiles).to(tl.int64) * BM
     group = tl.program_id(1).to(tl.int64)
     o_n = tl.arange(0, BN)
     o_k = tl.arange(0, BK)
-    blocks = tl.cdiv(run, BK)
-    steps = TAPS * blocks
+    steps = KERNEL[0] * COLUMNS * BLOCKS
     if SAMPLED:
         quantizer = tl.load(p_quantizer + group * tiles + tile)
-        used = quantizer >= 0
-        b_f = tl.load(p_filter + (group * tiles + tile) * BN + o_n, mask=(o_n >= 0) & used, other=-1)
+        b_f = tl.load(p_filter + (group * tiles + tile) * BN + o_n, mask=(o_n >= 0) & (quantizer >= 0), other=-1)
         m_f = b_f >= 0
-        n = pick(quantizer, STEPS, M)
-        b_inverse = pick(quantizer, inverse, M)
-        b_shift = pick(quantizer, shift, M)
-        b_center = pick(quantizer, center, M)
-        scale = pick(quantizer, step, M)
-        steps = tl.where(used & (n != 0), steps, 0)
+        b_quantizer = tl.load(p_quantizer + group * tiles + tile + tl.zeros((1, 1), tl.int32))
+        n = pick(b_quantizer, STEPS, M)
+        b_inverse = pick(b_quantizer, inverse, M)
+        b_shift = pick(b_quantizer, shift, M)
+        b_center = pick(b_quantizer, center, M)
+        scale = pick(b_quantizer, step, M)
+        steps = tl.where(pick(quantizer, STEPS, M) != 0, steps, 0)
     else:
         b_f = tile * BN + o_n
         m_f = b_f < filters
@@ -108,62 +121,69 @@ def mixed_conv_fwd_kernel(
     o_h = o_p // out_w * STRIDE[0] - PADDING[0]
     o_w = o_p % out_w * STRIDE[1] - PADDING[1]
     p_rows = p_x + ((b_n * height + o_h) * width + o_w)[:, None] * row + group * run + o_k[None, :]
-    o_h = tl.where(m_m, o_h, _OUTSIDE)
-    p_blocks = p_v + (group * tiles + tile) * (TAPS * blocks) * ((1 if SAMPLED else M) * BN * BK) + o_n[None, :] * BK + o_k[:, None]
+    p_blocks = p_v + (group * tiles + tile) * (KERNEL[0] * COLUMNS * BLOCKS * STRIDE_V) + o_n[None, :] * BK + o_k[:, None]
 
     acc = tl.zeros((BM, BN), tl.float32)
     for t in range(steps):
-        tap = t // blocks
-        i_k = (t - tap * blocks) * BK
+        tap = t // BLOCKS
+        i_k = t % BLOCKS * BK
         d_h = tap // COLUMNS * DILATION[0]
         d_w = tap % COLUMNS * DILATION[1]
-        # as unsigned numbers, negative positions are beyond every size
-        m_x = ((o_h + d_h).to(tl.uint32) < height)[:, None]
-        if MERGED:
-            m_x = m_x & ((o_w[:, None] + ((i_k + o_k) // row)[None, :]).to(tl.uint32) < width)
-        else:
-            m_x = m_x & ((o_w + d_w).to(tl.uint32) < width)[:, None]
-        m_load = m_x if EVEN else m_x & (o_k < run - i_k)[None, :]
-        b_x = tl.load(p_rows + ((d_h * width + d_w) * row + i_k), mask=m_load, other=0.0).to(tl.float32)
+        mask = m_m[:, None]
+        if PADDING[0] > 0:
+            mask = mask & inside(o_h + d_h, height)[:, None]
+        if PADDING[1] > 0:
+            mask = mask & inside(o_w[:, None] + (d_w + ((i_k + o_k) // row if MERGED else 0 * o_k))[None, :], width)
+        if not EVEN:
+            mask = mask & (o_k < run - i_k)[None, :]
+        b_x = tl.load(p_rows + ((d_h * width + d_w) * row + i_k), mask=mask, other=0.0).to(tl.float32)
         if SAMPLED:
-            b_a = code_tile(b_x, border(m_x, b_shift, b_center, n), b_inverse, b_shift, n, True)
+            b_a = code_tile(b_x, b_center, b_inverse, b_shift, n, True)
             b_a = tl.where(n == FULL, b_x, b_a)
             acc = dot(b_a.to(p_v.dtype.element_ty), tl.load(p_blocks), acc, PRECISION)
         else:
             for m in tl.static_range(M):
                 if STEPS[m] != 0:
-                    if STEPS[m] == FULL:
-                        b_a = b_x
-                    else:
-                        b_a = code_tile(b_x, border(m_x, shift[m], center[m], STEPS[m]), inverse[m], shift[m], STEPS[m], m == FIRST)
+                    b_a = b_x if STEPS[m] == FULL else code_tile(b_x, center[m], inverse[m], shift[m], STEPS[m], m == FIRST)
                     acc = dot(b_a.to(p_v.dtype.element_ty), tl.load(p_blocks + m * BN * BK), acc, PRECISION)
-        p_blocks += (1 if SAMPLED else M) * BN * BK
+        p_blocks += STRIDE_V
+    if PADDING[0] > 0 or PADDING[1] > 0:
+        TAPS: tl.constexpr = KERNEL[0] * KERNEL[1]
+        o_t = tl.arange(0, BT)
+        b_h = o_h[:, None] + (o_t // KERNEL[1] * DILATION[0])[None, :]
+        b_w = o_w[:, None] + (o_t % KERNEL[1] * DILATION[1])[None, :]
+        b_out = tl.where(inside(b_h, height) & inside(b_w, width), 0.0, 1.0)
+        p_taps = p_fix + ((group * tiles + tile) * TAPS + o_t)[:, None] * BN + o_n[None, :]
+        b_fix = tl.load(p_taps, mask=((o_t < TAPS) & (steps > 0))[:, None], other=0.0)
+        acc = dot(b_out.to(b_fix.dtype), b_fix, acc, PRECISION)
 
-    b_f = (group * filters + b_f)[None, :]
-    if LAST:
-        p_out = p_y + (i_m + tl.arange(0, BM))[:, None] * (tl.num_programs(1) * filters) + b_f
-    else:
-        p_out = p_y + b_n[:, None] * (tl.num_programs(1) * filters).to(tl.int64) * plane + b_f * plane + o_p[:, None]
+    total = tl.num_programs(1) * filters
+    p_out = p_y + i_m * total + group * filters + (tl.arange(0, BM)[:, None] * total + b_f[None, :])
     tl.store(p_out, (acc * scale).to(p_y.dtype.element_ty), mask=m_m[:, None] & m_f[None, :])
 
 
-def _shape(x: Tensor, out: Tensor, weight: Tensor, quantizers: int, sampled: bool, g: Geometry) -> ConvShape:
-    channels, (kh, kw) = x.size(1), weight.shape[2:]
+def shape(
+    pixels: int, filters: int, channels: int, kernel: Sequence[int], quantizers: int, x_itemsize: int, itemsize: int, g: Geometry
+) -> ConvShape:
+    """What the launch parameters depend on. filters, channels: of the whole convolution; quantizers: that each filter uses."""
+    kh, kw = kernel
     merged = g.groups == 1 and channels < 16 and kw > 1 and g.dilation[1] == 1
     run, taps = (channels * kw, kh) if merged else (channels // g.groups, kh * kw)
-    return ConvShape(
-        out.size(0) * out.size(2) * out.size(3), out.size(1) // g.groups, run, taps, merged, g.groups, 1 if sampled else quantizers,
-        x.element_size(), out.element_size(),
-    )  # fmt: skip
+    return ConvShape(pixels, filters // g.groups, run, taps, merged, g.groups, quantizers, x_itemsize, itemsize)
 
 
-def constants(s: ConvShape, tile: ConvTile, steps: Sequence[float], zero_point: Sequence[float], sampled: bool, g: Geometry) -> dict[str, Any]:
-    """The compile-time arguments that follow from the shape and the quantizers."""
+def constants(
+    s: ConvShape, tile: ConvTile, steps: Sequence[float], zero_point: Sequence[float], sampled: bool, channels: int, kernel: Sequence[int],
+    g: Geometry,
+) -> dict[str, Any]:  # fmt: skip
+    """The compile-time arguments that follow from shape and quantizers. channels: of x; kernel: height and width."""
     return {
         "M": len(steps), "STEPS": tuple(steps), "ZERO": tuple(zero_point), "SAMPLED": sampled,
-        "FIRST": next((m for m, n in enumerate(steps) if n != 0), -1), "TAPS": s.taps, "MERGED": s.merged,
-        "STRIDE": g.stride, "PADDING": g.padding, "DILATION": g.dilation, "EVEN": s.run % tile.block_k == 0,
-        "BM": tile.block_m, "BN": tile.block_n, "BK": tile.block_k,
+        "FIRST": next((m for m, n in enumerate(steps) if n != 0), -1), "KERNEL": tuple(kernel), "MERGED": s.merged,
+        "STRIDE": g.stride, "PADDING": g.padding, "DILATION": g.dilation,
+        "BLOCKS": triton.cdiv(s.run, tile.block_k), "EVEN": s.run % tile.block_k == 0,
+        "ALIGN_X": math.gcd(16, s.run, channels), "ALIGN_Y": math.gcd(16, s.filters),
+        "BM": tile.block_m, "BN": tile.block_n, "BK": tile.block_k, "BT": max(16, triton.next_power_of_2(math.prod(kernel))),
     }  # fmt: skip
 
 
@@ -178,25 +198,32 @@ def forward(
     choice: Tensor | None,
     geometry: Geometry,
 ) -> None:
-    """Write Σ_m conv(A_m(x), V_m) into `out` (not empty, contiguous or channels_last), multiplied in out's dtype.
+    """Write Σ_m conv(A_m(x), V_m) into `out` (not empty, any strides), multiplied in out's dtype.
 
-    x, weight      [N, C, H, W], [CO, M·C/groups, kh, kw], any float dtype; copied unless they are channels_last and dense
+    x, weight      [N, C, H, W], [CO, M·C/groups, kh, kw], any float dtype. channels_last is the layout of the kernel: an x or an `out` of
+                   another one costs a copy
     offset, range  [M] float32, contiguous
     choice         [CO] int64: the only quantizer of each filter, or None
     """
     g, sampled = geometry, choice is not None
     x = x.contiguous(memory_format=torch.channels_last)
-    s = _shape(x, out, weight, len(steps), sampled, g)
+    y = out if out.is_contiguous(memory_format=torch.channels_last) else layout.empty(out.shape, x, out.dtype)
+    s = shape(
+        x.size(0) * out.size(2) * out.size(3), out.size(1), x.size(1), weight.shape[2:], 1 if sampled else len(steps),
+        x.element_size(), out.element_size(), g,
+    )  # fmt: skip
     tile = launch_conv.forward(s, device_of(x))
     with guard(x):
         table = None if choice is None else filter_table(choice, g.groups, len(steps), tile.block_n)
-        v = pack(weight, out.dtype, offset, range, steps, zero_point, table, s, tile)
+        v, fix = pack(weight, out.dtype, offset, range, steps, zero_point, table, s, tile)
         tiles = v.size(1)
         grid = (triton.cdiv(s.pixels, tile.block_m) * tiles, g.groups)
-        filters, quantizers = (range, range) if table is None else table
         mixed_conv_fwd_kernel[grid](
-            x, v, out, offset, range, filters, quantizers, s.pixels, out.size(2) * out.size(3), out.size(3), x.size(2), x.size(3),
-            x.size(1), s.run, s.filters, tiles, **constants(s, tile, steps, zero_point, sampled, g),
-            COLUMNS=1 if s.merged else weight.size(3), ALIGN=1, LAST=out.is_contiguous(memory_format=torch.channels_last),
-            PRECISION=precision(out.dtype), num_warps=tile.conv_warps, num_stages=tile.conv_stages,
+            x, v, fix, y, offset, range, *(table or (range, range)),
+            s.pixels, out.size(2) * out.size(3), out.size(3), x.size(2), x.size(3), x.size(1), s.run, s.filters, tiles,
+            **constants(s, tile, steps, zero_point, sampled, x.size(1), weight.shape[2:], g),
+            PRECISION=precision(out.dtype), num_warps=tile.conv_warps, num_stages=tile.conv_stages, maxnreg=tile.conv_registers,
+            enable_fp_fusion=True,
         )  # fmt: skip
+    if y is not out:
+        out.copy_(y)

@@ -31,8 +31,16 @@ def dot(b_a, b_b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def load_quantizers(p_offset, p_range, M: tl.constexpr, STEPS: tl.constexpr, ZERO: tl.constexpr):
-    """1/r, z/n − β/r, β/d − z and d of the M quantizers, as tuples of float32 scalars: 0, 0, 0, 1 for FULL, all 0 for no steps."""
+def load_quantizers(p_offset, p_range, M: tl.constexpr, STEPS: tl.constexpr, ZERO: tl.constexpr, BLOCKS: tl.constexpr = False):
+    """1/r, z/n − β/r, β/d − z and d of the M quantizers, as tuples of float32 scalars: 0, 0, 0, 1 for FULL, all 0 for no steps.
+
+    BLOCKS  blocks [1, 1] instead of scalars. Triton quantizes a tile in the registers that a product takes it from only if all that
+            enters the arithmetic was loaded as a block; else it does so in the layout of the load, and sends every tile of codes through
+            shared memory.
+    """
+    if BLOCKS:
+        p_offset += tl.zeros((1, 1), tl.int32)
+        p_range += tl.zeros((1, 1), tl.int32)
     inverse = ()
     shift = ()
     center = ()
@@ -61,17 +69,23 @@ def largest(step, M: tl.constexpr):
     """The largest of M scalars, 1 where that is 0."""
     b_max = step[0]
     for m in tl.static_range(1, M):
-        b_max = tl.maximum(b_max, step[m])
+        b_max = tl.where(step[m] > b_max, step[m], b_max)
     return tl.where(b_max == 0.0, 1.0, b_max)
 
 
 @triton.jit
 def pick(i_m, values, M: tl.constexpr):
-    """values[i_m] of M scalars or constants, for an i_m that is known on the device only; the last one for any other i_m."""
-    found = tl.full((), values[M - 1], tl.float32)
-    for m in tl.static_range(M - 1):
+    """values[i_m] of M scalars or constants as float32, for an i_m that is known on the device only; 0 where it is not one of 0 … M − 1."""
+    found = tl.zeros(i_m.shape, tl.float32)
+    for m in tl.static_range(M):
         found = tl.where(i_m == m, values[m], found)
     return found
+
+
+@triton.jit
+def zero_code(shift, n):
+    """The code of x = 0, without its center."""
+    return (tl.clamp(shift, 0.0, 1.0) * n + MAGIC) - MAGIC
 
 
 @triton.jit
@@ -80,7 +94,7 @@ def border(mask, shift, center, n):
 
     The mask has one row or one column of the tile: this costs less than masking the tile.
     """
-    return tl.where(mask, center, -((tl.clamp(shift, 0.0, 1.0) * n + MAGIC) - MAGIC))
+    return tl.where(mask, center, -zero_code(shift, n))
 
 
 @triton.jit

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import layout
-from .conv_common import largest, load_quantizers
+from .conv_common import largest, load_quantizers, pick, zero_code
 from .launch_conv import ConvShape, ConvTile
 
 
@@ -61,6 +61,12 @@ def filter_table_kernel(
     tl.store(p_quantizer + first + o_t, -1, mask=first + o_t < tiles)
 
 
+def table_constants(filters: int, m: int, block: int) -> dict[str, int]:
+    """The compile-time arguments of the table of one group's filters."""
+    tiles = (filters + m * (block - 1)) // block
+    return {"M": m, "BF": triton.next_power_of_2(filters), "BT": triton.next_power_of_2(tiles), "BN": block}
+
+
 def filter_table(choice: Tensor, groups: int, m: int, block: int) -> FilterTable:
     """choice [CO] int64: the quantizer, 0 … m − 1, of every filter. One launch, whose sizes do not depend on the values."""
     filters = choice.numel() // groups
@@ -69,27 +75,21 @@ def filter_table(choice: Tensor, groups: int, m: int, block: int) -> FilterTable
         torch.empty((groups, tiles, block), dtype=torch.int32, device=choice.device),
         torch.empty((groups, tiles), dtype=torch.int32, device=choice.device),
     )
-    filter_table_kernel[(groups,)](
-        choice.contiguous(), *table, filters, tiles,
-        M=m, BF=triton.next_power_of_2(filters), BT=triton.next_power_of_2(tiles), BN=block,
-    )  # fmt: skip
+    filter_table_kernel[(groups,)](choice.contiguous(), *table, filters, tiles, **table_constants(filters, m, block))
     return table
 
 
-PACK_SIZES = ["filters", "channels", "run", "w_f", "w_c", "w_t"]
-
-
-@triton.jit(do_not_specialize=PACK_SIZES)
+@triton.jit(do_not_specialize=["filters"])
 def pack_kernel(
-    p_w,  # [groups · filters, M · channels, taps] any float type, strides w_f, w_c, w_t
-    p_v,  # [groups, tiles, TAPS, cdiv(run, BK), quantizers, BN, BK]
+    p_w,  # [groups · filters, M · channels, TAPS · WIDTH] any float type, strides w_f, w_c, w_t
+    p_v,  # [groups, tiles, TAPS, BLOCKS, quantizers, BN, BK] of the product's type
+    p_fix,  # [groups, tiles, TAPS · WIDTH, BN] of the product's type
     p_offset,  # [M] float32
     p_range,  # [M] float32
     p_filter,  # as `FilterTable`, not read without SAMPLED
     p_quantizer,
     filters,
     channels,
-    run,
     w_f,
     w_c,
     w_t,
@@ -97,39 +97,65 @@ def pack_kernel(
     STEPS: tl.constexpr,
     ZERO: tl.constexpr,
     SAMPLED: tl.constexpr,
-    TAPS: tl.constexpr,
     WIDTH: tl.constexpr,
+    BLOCKS: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """V_m·d_m/max d as the blocks that the product reads one after the other, zero where they are padded. With SAMPLED, V_m of the block's
-    quantizer alone, without the factor. Position k of a run is channel k mod channels of column k / channels; WIDTH columns make a run."""
+    """V_m·d_m/max d as blocks in the order in which the product reads them, zero where they are padded, and what a tap outside the image
+    adds to the product, negated. With SAMPLED, V_m of the tile's quantizer alone, without the factor.
+
+    Position k of a run is channel k mod channels in column k / channels of WIDTH columns.
+    """
     tile = tl.program_id(0)
-    tiles = tl.num_programs(0)
-    i_k = tl.program_id(1)
+    tap = tl.program_id(1)
+    taps = tl.num_programs(1)
     group = tl.program_id(2).to(tl.int64)
-    inverse, shift, center, step = load_quantizers(p_offset, p_range, M, STEPS, ZERO)
+    _, shift, center, step = load_quantizers(p_offset, p_range, M, STEPS, ZERO)
     o_n = tl.arange(0, BN)
-    o_k = tl.arange(0, BK)
+    i_t = group * tl.num_programs(0) + tile
     if SAMPLED:
-        quantizer = tl.load(p_quantizer + group * tiles + tile)
-        b_f = tl.load(p_filter + (group * tiles + tile) * BN + o_n, mask=(o_n >= 0) & (quantizer >= 0), other=-1)
+        quantizer = tl.load(p_quantizer + i_t)
+        b_f = tl.load(p_filter + i_t * BN + o_n, mask=(o_n >= 0) & (quantizer >= 0), other=-1)
         m_f = b_f >= 0
+        zero = zero_code(pick(quantizer, shift, M), pick(quantizer, STEPS, M)) + pick(quantizer, center, M)
     else:
         b_f = tile * BN + o_n
         m_f = b_f < filters
-    b_c = i_k * BK + o_k
-    mask = m_f[:, None] & (b_c < run)[None, :]
-    o_w = (group * filters + b_f)[:, None] * w_f + (b_c % channels)[None, :].to(tl.int64) * w_c + (b_c // channels)[None, :] * w_t
-    o_v = o_n[:, None] * BK + o_k[None, :]
-    for tap in range(TAPS):
-        at = ((group * tiles + tile) * TAPS + tap) * tl.num_programs(1) + i_k
-        for m in tl.static_range(1 if SAMPLED else M):
-            from_m = quantizer if SAMPLED else m
-            b_w = tl.load(p_w + o_w + from_m * channels * w_c + tap * WIDTH * w_t, mask=mask, other=0.0).to(tl.float32)
-            if not SAMPLED:
-                b_w *= tl.div_rn(step[m], largest(step, M))
-            tl.store(p_v + (at if SAMPLED else at * M + m) * (BN * BK) + o_v, b_w.to(p_v.dtype.element_ty))
+    p_rows = p_w + (group * filters + b_f)[:, None] * w_f + tap * WIDTH * w_t
+    p_v += (i_t * taps + tap) * (BLOCKS * (1 if SAMPLED else M) * BN * BK) + o_n[:, None] * BK + tl.arange(0, BK)[None, :]
+    for column in range(WIDTH):
+        b_total = tl.zeros((BN, BK), tl.float32)
+        for block in range(BLOCKS):
+            o_k = block * BK + tl.arange(0, BK)[None, :]
+            o_w = o_k % channels * w_c + o_k // channels * w_t if WIDTH > 1 else o_k * w_c
+            mask = m_f[:, None] & (o_k < channels * WIDTH)
+            for m in tl.static_range(1 if SAMPLED else M):
+                from_m = (quantizer if SAMPLED else m) * channels * w_c
+                b_w = tl.load(p_rows + o_w + from_m, mask=mask, other=0.0).to(tl.float32)
+                if not SAMPLED:
+                    b_w *= tl.div_rn(step[m], largest(step, M))
+                    zero = zero_code(shift[m], STEPS[m]) + center[m]
+                b_v = b_w.to(p_v.dtype.element_ty)
+                tl.store(p_v + (block * (1 if SAMPLED else M) + m) * (BN * BK), b_v)
+                b_here = zero * b_v.to(tl.float32)
+                b_total += b_here if WIDTH == 1 else tl.where(o_k // channels == column, b_here, 0.0)
+        b_fix = -tl.sum(b_total, axis=1)
+        tl.store(p_fix + ((i_t * taps + tap) * WIDTH + column) * BN + o_n, b_fix.to(p_fix.dtype.element_ty))
+
+
+def pack_constants(
+    s: ConvShape, tile: ConvTile, steps: Sequence[float], zero_point: Sequence[float], sampled: bool, taps: int
+) -> dict[str, Any]:
+    """The compile-time arguments of `pack_kernel` for kernels of `taps` elements."""
+    return {
+        "M": len(steps), "STEPS": tuple(steps), "ZERO": tuple(zero_point), "SAMPLED": sampled, "WIDTH": taps // s.taps,
+        "BLOCKS": triton.cdiv(s.run, tile.block_k), "BN": tile.block_n, "BK": tile.block_k,
+    }  # fmt: skip
+
+
+def pack_warps(tile: ConvTile) -> int:
+    return 8 if tile.block_n * tile.block_k >= 2048 else 4
 
 
 def _flat_taps(weight: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
@@ -151,18 +177,16 @@ def pack(
     table: FilterTable | None,
     s: ConvShape,
     tile: ConvTile,
-) -> Tensor:
-    """Blocks of the weight [CO, M·C/groups, kh, kw] in the dtype of the product: [groups, tiles, taps, steps, quantizers, BN, BK]."""
-    m = len(steps)
+) -> tuple[Tensor, Tensor]:
+    """The weight [CO, M·C/groups, kh, kw] as `mixed_conv_fwd_kernel` reads it, and the share of taps outside the image; both in `dtype`."""
+    m, taps = len(steps), weight.size(2) * weight.size(3)
     weight, strides = _flat_taps(weight)
     tiles = triton.cdiv(s.filters, tile.block_n) if table is None else table.quantizers.size(1)
     blocks = triton.cdiv(s.run, tile.block_k)
     v = layout.empty((s.groups, tiles, s.taps, blocks, s.quantizers, tile.block_n, tile.block_k), weight, dtype)
-    filters, quantizers = (range, range) if table is None else table
-    channels = weight.size(1) // m
-    pack_kernel[(tiles, blocks, s.groups)](
-        weight, v, offset, range, filters, quantizers, s.filters, channels, s.run, *strides,
-        M=m, STEPS=tuple(steps), ZERO=tuple(zero_point), SAMPLED=table is not None, TAPS=s.taps, WIDTH=s.run // channels,
-        BN=tile.block_n, BK=tile.block_k, num_warps=4,
+    fix = layout.empty((s.groups * tiles, taps, tile.block_n), weight, dtype)
+    pack_kernel[(tiles, s.taps, s.groups)](
+        weight, v, fix, offset, range, *(table or (range, range)), s.filters, weight.size(1) // m, *strides,
+        **pack_constants(s, tile, steps, zero_point, table is not None, taps), num_warps=pack_warps(tile),
     )  # fmt: skip
-    return v
+    return v, fix

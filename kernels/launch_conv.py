@@ -35,40 +35,57 @@ class ConvShape:
 @pinnable
 @dataclass(frozen=True)
 class ConvTile:
-    """Output pixels and filters of a program, elements of a tap's run per step, warps, and stages of the pipeline of loads."""
+    """Output pixels and filters of a program, elements of a run per step, warps, stages of the pipeline of loads, and the registers per
+    thread that the compiler may use: 128 let two programs of 8 warps share a multiprocessor."""
 
     block_m: int
     block_n: int
     block_k: int
     conv_warps: int
     conv_stages: int
+    conv_registers: int
 
 
-SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448}
-"""Bytes of shared memory that a block can have, by compute capability; 166912 where unknown."""
+SHARED = {80: 166912, 87: 166912, 90: 232448, 100: 232448, 103: 232448}
+"""Bytes of shared memory that a program can have, by compute capability; 101376 on all others since 8.0."""
 
 
-def _stage(s: ConvShape, m: int, n: int, k: int) -> int:
-    """Bytes of one step: a tile of x and a tile of weights for each quantizer."""
-    return k * (m * s.x_itemsize + s.quantizers * n * s.itemsize)
+def _block_n(filters: int) -> int:
+    """Below 64 filters the quantization of the tile of x takes longer than the product, so there are no narrow tiles beside others."""
+    if filters <= 32:
+        return 16 if filters <= 16 else 32
+    return min((128, 64), key=lambda n: _cdiv(filters, n) * n)
+
+
+def _block_k(run: int, itemsize: int) -> int:
+    wide = 8 * _cdiv(run, 32) * 32 <= 9 * _cdiv(run, 16) * 16
+    return 32 if wide and itemsize == 2 else 16
+
+
+def _shared(s: ConvShape, m: int, n: int, k: int, stages: int, arch: int) -> int:
+    """Bytes for the tiles in flight, one of x and one of weights for each quantizer; the product of 9.0 reads one stage longer."""
+    return (stages if arch >= 90 else stages - 1) * k * (m * s.x_itemsize + s.quantizers * n * s.itemsize)
 
 
 @functools.lru_cache(maxsize=4096)
 def _forward(s: ConvShape, device: Device) -> ConvTile:
     if device.interpreted:
         # an operation costs the same for 1 and for 10 000 elements there, so few and large programs
-        return ConvTile(min(max(_power(s.pixels), 16), 256), min(max(_power(s.filters), 16), 64), min(max(_power(s.run), 16), 128), 4, 1)
-    k = 16 if s.run <= 16 or s.itemsize == 4 else 32
-    n = 32 if s.filters <= 32 else 64 if s.filters <= 64 else 128
-    m = 128
-    while m > 64 and _cdiv(s.pixels, m) * _cdiv(s.filters, n) * s.groups < device.processors:
-        m //= 2
-    limit = SHARED.get(device.arch, 166912)
-    stages = next((n_stages for n_stages in (4, 3) if 2 * n_stages * _stage(s, m, n, k) <= limit), 2)
-    while stages * _stage(s, m, n, k) > limit and n > 32:
+        return ConvTile(
+            min(max(_power(s.pixels), 16), 256), min(max(_power(s.filters), 16), 64), min(max(_power(s.run), 16), 128), 4, 1, 255
+        )
+    n, k = _block_n(s.filters), 16 if s.merged else _block_k(s.run, s.itemsize)
+    # the masks and positions of merged taps take many registers
+    m = 64 if s.merged or _cdiv(s.pixels, 128) * _cdiv(s.filters, n) * s.groups < device.processors else 128
+    limit = SHARED.get(device.arch, 101376)
+    while _shared(s, m, n, k, 2, device.arch) > limit and n > 16:
         n //= 2
-    return ConvTile(m, n, k, 8 if m * n >= 128 * 128 else 4, stages)
+    stages = next((count for count in (4, 3) if 2 * _shared(s, m, n, k, count, device.arch) <= limit), 2)
+    warps = 8 if m == 128 and n >= 64 else 4
+    capped = warps == 8 and device.arch >= 90 and s.x_itemsize == s.itemsize and s.quantizers * s.itemsize < 16
+    return ConvTile(m, n, k, warps, stages, 128 if capped else 255)
 
 
 def forward(s: ConvShape, device: Device) -> ConvTile:
+    """Launch of the forward kernel."""
     return pin(_forward(s, device))
