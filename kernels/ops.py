@@ -139,7 +139,8 @@ class _Direct(torch.autograd.Function):
         if torch.is_grad_enabled() or not _is_plain(grad):
             return _autograd(ctx, grad)
         x, offset, range, p, seed = ctx.saved_tensors
-        return *_backward(grad, x, offset, range, p, *ctx.static, seed, ctx.needs_input_grad[1]), *[None] * 7
+        found: tuple[Tensor, ...] = _backward(grad, x, offset, range, p, *ctx.static, seed, ctx.needs_input_grad[1])  # type: ignore[call-arg]
+        return *found, *[None] * 7
 
 
 def _is_plain(x: Tensor) -> bool:
