@@ -63,6 +63,8 @@ CASES = [
     Case("1x1-contiguous", Shape(2, 32, 7, 9, 40, (1, 1)), layout="contiguous"),
     Case("1x1-one-position", Shape(3, 33, 1, 1, 10, (1, 1)), layout="contiguous"),
     Case("1x1-groups", Shape(2, 24, 6, 6, 20, (1, 1), groups=2)),
+    Case("1x1-many-filters", Shape(1, 16, 6, 6, 150, (1, 1))),
+    Case("3x3-many-filters", Shape(1, 16, 6, 6, 200, (3, 3), padding=(1, 1), groups=2), layout="contiguous"),
     Case("1x1-bf16", Shape(2, 32, 7, 9, 40, (1, 1)), a_bits=5, dtype=torch.bfloat16),
     Case("1x1-fp16", Shape(2, 32, 7, 9, 40, (1, 1)), dtype=torch.float16, out=torch.float32),
     Case("3x3", Shape(2, 16, 8, 9, 20, (3, 3), padding=(1, 1))),
@@ -208,7 +210,7 @@ def test_which_weight_grids_fit() -> None:
     assert not reference_int8.fits(reference.IDENTITY, 0)
 
 
-@pytest.mark.parametrize("name", ["1x1", "3x3", "3x3-signed", "3x3-groups", "3x3-dilated"])
+@pytest.mark.parametrize("name", ["1x1", "1x1-many-filters", "3x3", "3x3-signed", "3x3-groups", "3x3-dilated"])
 @pytest.mark.parametrize("pins", [
     {"block_m": 32, "block_n": 16, "block_k": 32},
     {"block_m": 64, "block_n": 32, "block_k": 64, "encode_rows": 2, "encode_width": 4, "encode_channels": 8},
