@@ -6,13 +6,14 @@ VENV := .venv
 PIP := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test bench clean
+.PHONY: help demo test bench bench-gpu clean
 
 help:
-	@echo 'make demo    search the bits of a small network (a few minutes on a CPU); the report is runs/demo/report.html'
-	@echo 'make test    lint, type check and tests'
-	@echo 'make bench   time the kernels and print the table'
-	@echo 'make clean   remove the environment, caches and build products (runs/ stays)'
+	@echo 'make demo       search the bits of a small network (a few minutes on a CPU); the report is runs/demo/report.html'
+	@echo 'make test       lint, type check and tests'
+	@echo 'make bench      time the kernels and print the table'
+	@echo 'make bench-gpu  measure everything on a GPU: benchmarks/results/<device>.json (under ten minutes)'
+	@echo 'make clean      remove the environment, caches and build products (runs/ stays)'
 
 demo: $(STAMP)
 	$(VENV)/bin/qprune search --data digits --model resnet8 --budget w3a3 --method edmips --out runs/demo --overwrite
@@ -25,6 +26,9 @@ test: $(STAMP)
 
 bench: $(STAMP)
 	$(VENV)/bin/python -m benchmarks
+
+bench-gpu: $(STAMP)
+	$(VENV)/bin/python -m benchmarks.gpu
 
 # The stamp is the last thing written: an interrupted set-up starts again from nothing.
 $(STAMP): pyproject.toml setup.py constraints.txt

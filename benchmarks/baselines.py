@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qprune.gates import Gate
+from qprune.gates import Constant, Gate
 from qprune.nn import MixedConv2d
 
 
@@ -34,9 +34,7 @@ def quantize(x: Tensor, step: Tensor, n: float, z: float) -> Tensor:
 
 def mix_quantize(x: Tensor, range: Tensor, p: Tensor, steps: Sequence[float], zero_point: Sequence[float], axis: int) -> Tensor:
     """Σ_k p_k Q_k(x), one candidate after the other. range, p [K] or [C, K], C along dimension `axis` of x."""
-    shape = [1] * x.dim()
-    if p.dim() == 2:
-        shape[axis] = p.size(0)
+    shape = [-1 if i == axis else 1 for i, _ in enumerate(x.shape)]
     out: Tensor | None = None
     for r_k, p_k, n, z in zip(range.unbind(-1), p.unbind(-1), steps, zero_point, strict=True):
         term = p_k.view(shape) * quantize(x, (r_k / n).view(shape), n, z)
@@ -45,11 +43,33 @@ def mix_quantize(x: Tensor, range: Tensor, p: Tensor, steps: Sequence[float], ze
     return out
 
 
+class EagerGate(nn.Module):
+    """The coefficients of a gate, with the noise that it has drawn; 1 for a layer with one candidate."""
+
+    noise: Tensor
+
+    def __init__(self, gate: Gate | Constant) -> None:
+        super().__init__()
+        logits, noise = (gate.logits, gate.noise) if isinstance(gate, Gate) else (torch.zeros_like(gate.one),) * 2
+        self.logits = nn.Parameter(logits.detach().clone())
+        self.register_buffer("noise", noise.clone())
+        self.sampled = isinstance(gate, Gate) and gate.mode == "sampled"
+
+    def forward(self) -> Tensor:
+        soft = (self.logits + self.noise).softmax(-1)
+        if not self.sampled:
+            return soft
+        hard = torch.nn.functional.one_hot(soft.argmax(-1), soft.size(-1)).to(soft.dtype)
+        return hard + (soft - soft.detach())
+
+
 class EagerMixedConv2d(nn.Module):
     """The candidates, weights and coefficients of a MixedConv2d, evaluated in one of two ways:
 
     mixing    Σ_a r_a A_a(x) and Σ_w p_w Q_w(W), then one convolution; with joint candidates one convolution per input quantizer
     branches  Σ_{w,a} p_{w,a} · conv(A_a(x), Q_w(W)), a convolution per pair
+
+    The coefficients are the softmax, or in mode "sampled" its one-hot argmax with the softmax's gradient.
     """
 
     def __init__(self, mixed: MixedConv2d, style: str) -> None:
@@ -61,27 +81,26 @@ class EagerMixedConv2d(nn.Module):
         self.a_range = nn.Parameter(mixed.input_quantizer.log_range.detach().exp().reshape(-1))
         self.w_grid = (mixed.weight_quantizer.steps, mixed.weight_quantizer.zero_point)
         self.a_grid = (mixed.input_quantizer.steps, mixed.input_quantizer.zero_point)
-        assert isinstance(mixed.weight_gate, Gate)
-        self.w_logits = nn.Parameter(mixed.weight_gate.logits.detach().clone())
+        self.w_gate = EagerGate(mixed.weight_gate)
         if not self.joint:
-            assert isinstance(mixed.input_gate, Gate)
-            self.a_logits = nn.Parameter(mixed.input_gate.logits.detach().clone())
+            assert mixed.input_gate is not None
+            self.a_gate = EagerGate(mixed.input_gate)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.style == "branches":
             return self._branches(x)
-        p = self.w_logits.softmax(-1)
+        p = self.w_gate()
         if not self.joint:
             weight = mix_quantize(self.weight, self.w_range, p, *self.w_grid, axis=0)
-            return self._conv(mix_quantize(x, self.a_range, self.a_logits.softmax(-1), *self.a_grid, axis=1), weight)
+            return self._conv(mix_quantize(x, self.a_range, self.a_gate(), *self.a_grid, axis=1), weight)
         p = p.unflatten(-1, (len(self.w_grid[0]), -1))
         weights = [mix_quantize(self.weight, self.w_range, column, *self.w_grid, axis=0) for column in p.unbind(-1)]
         return add_up([self._conv(a, w) for a, w in zip(self._inputs(x), weights, strict=True)])
 
     def _branches(self, x: Tensor) -> Tensor:
         filters = self.weight.size(0)
-        p = self.w_logits.softmax(-1)
-        p = p.unflatten(-1, (len(self.w_grid[0]), -1)) if self.joint else p.unsqueeze(-1) * self.a_logits.softmax(-1)
+        p = self.w_gate()
+        p = p.unflatten(-1, (len(self.w_grid[0]), -1)) if self.joint else p.unsqueeze(-1) * self.a_gate()
         p = p.expand(filters, -1, -1)
         steps = [(r / n).view(-1, 1, 1, 1) for r, n in zip(self.w_range.unbind(-1), self.w_grid[0], strict=True)]
         weights = [quantize(self.weight, step, n, z) for step, n, z in zip(steps, *self.w_grid, strict=True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,22 @@ import torch
 from qprune.benchmarks import cases, machine, measure
 from qprune.benchmarks.cases import DIRECTIONS, Case
 from qprune.benchmarks.measure import DEVICE
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seconds", type=float, default=0.0, help="skip the benchmarks that have not begun after so many seconds")
+
+
+@pytest.fixture(scope="session")
+def _start() -> float:
+    return time.perf_counter()
+
+
+@pytest.fixture(autouse=True)
+def _in_time(request: pytest.FixtureRequest, _start: float) -> None:
+    limit = request.config.getoption("--seconds")
+    if limit and time.perf_counter() - _start > limit:
+        pytest.skip(f"{limit:g} s are over")
 
 
 def pytest_configure(config: pytest.Config) -> None:

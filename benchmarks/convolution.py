@@ -18,7 +18,9 @@ from .shapes import ConvShape
 
 
 @dataclass(frozen=True)
-class _Convolution(Case):
+class Convolution(Case):
+    """What the three kinds of convolution share: a shape, candidate bits, and float operands."""
+
     shape: ConvShape
     w_bits: tuple[int, ...] = (2, 3, 4, 8)
     a_bits: tuple[int, ...] = (2, 4, 8)
@@ -54,7 +56,7 @@ class _Convolution(Case):
 
 
 @dataclass(frozen=True)
-class Joint(_Convolution):
+class Joint(Convolution):
     """y = Σ_{w,a} p[f, w, a] · conv(A_a(x), Q_w(W[f])), from x, the float weight and p.
 
     qprune-library writes the quantized inputs side by side for one library convolution, qprune-fused quantizes inside the convolution.
@@ -129,7 +131,7 @@ class Joint(_Convolution):
 
 
 @dataclass(frozen=True)
-class Depthwise(_Convolution):
+class Depthwise(Convolution):
     """y[:, c] = conv(Σ_a r_a A_a(x), Σ_w p[c, w] Q_w(W[c]))."""
 
     kernel = "depthwise"

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from . import baselines
 from .cases import Function, Work, compiled, input_grids, weight_grids
-from .convolution import _Convolution
+from .convolution import Convolution
 
 
 @dataclass(frozen=True)
-class Integer(_Convolution):
+class Integer(Convolution):
     """y = conv(A(x), Q(W)) with the first activation width, and the weight widths dealt to the filters in turn. The weight is quantized
     beforehand, for every implementation."""
 

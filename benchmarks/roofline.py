@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,11 @@ def route_table(gpu: Gpu = H200, batch: int = 256, quantizers: Sequence[int] = (
     return {key: found[key][1] for key in sorted(found)}
 
 
+def as_python(table: Mapping[tuple[int, int, int, int], str]) -> str:
+    """The source of a dictionary called ROUTES."""
+    return "\n".join(["ROUTES = {", *(f'    {key}: "{route}",' for key, route in table.items()), "}"])
+
+
 def gpu_from(rates: dict[str, Any] | None, **values: float | None) -> Gpu:
     """The H200 of the model, with measured rates (bytes and flops per second) and single values put in their place."""
     measured = {name: float(rates[name]) for name in ("copy", "matmul") if rates and rates.get(name)}
@@ -118,10 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rates = json.loads(options.rates.read_text())["machine"].get("rates") if options.rates else None
     gpu = gpu_from(rates, **{name: getattr(options, name) for name in numbers})
     if options.routes:
-        print("ROUTES = {")
-        for key, route in route_table(gpu, options.batch).items():
-            print(f'    {key}: "{route}",')
-        print("}")
+        print(as_python(route_table(gpu, options.batch)))
         return 0
     console = Console(soft_wrap=True, width=200)
     console.print(f"{gpu}")

@@ -18,6 +18,7 @@ from qprune.kernels.cpu import build
 
 from . import cases, training
 from .cases import DIRECTIONS, Call, Case, Work
+from .convolution import Convolution
 from .machine import ROOT
 from .measure import Timings, alternate, kept_bytes, peak_bytes
 
@@ -33,6 +34,7 @@ class Row:
     band    the 20 and the 80 % quantile of qprune's rounds
     variant which of qprune's or the compiler's variants are shown, where there are several
     bytes, flops     logical work of a call
+    shape, quantizers  of a convolution, and how many activation widths it has
     memory  bytes: on a GPU the peak that a call adds, on a CPU what autograd keeps for the backward pass; per implementation
     skipped why there is no value
     """
@@ -54,6 +56,8 @@ class Row:
     flops: int = 0
     x_bytes: int = 0
     candidates: int = 0
+    shape: str = ""
+    quantizers: int = 0
     memory: dict[str, int] = field(default_factory=dict)
     skipped: str = ""
 
@@ -138,6 +142,8 @@ def of_case(case: Case, direction: str, baselines: Collection[str], rounds: int,
     elif direction != "forward":
         memory = {n: cases.kept(case, n, device) for n in wanted if not n.startswith("compile")}
     facts |= {"bytes": work.bytes, "flops": work.flops, "x_bytes": case.x_bytes, "candidates": len(getattr(case, "bits", ()))}
+    if isinstance(case, Convolution):
+        facts |= {"shape": str(case.shape), "quantizers": len(case.a_bits)}
     target = {"compile": 1.0} if case.kernel == "mix_quantize" and device == "cpu" else None
     return timed(name, alternate(calls, rounds, device), target, memory, **facts)
 
@@ -148,12 +154,12 @@ def of_training(case: training.Case, baselines: Collection[str], rounds: int, de
     steps = {name: training.step(case, name, device=device) for name in (*names, "qprune")}
     for name in names:
         if name != "float":
-            training.check(case, steps["qprune"], steps[name])
+            training.check(case.name, steps["qprune"], steps[name])
     target = {"float": 3.8} if case.joint else {"float": 1.35, "branches": 1 / 3}
     facts = {"kernel": "training", "direction": "both", "dtype": "float32"}
     yield timed(case.name, alternate(steps, rounds, device), target if device == "cpu" else None, **facts)
     if not case.joint:
-        kept = {name: kept_bytes(step.loss, step.model.parameters()) / 2**20 for name, step in steps.items()}
+        kept = {name: kept_bytes(step.forward, step.model.parameters()) / 2**20 for name, step in steps.items()}
         yield bytes_row(f"{case.name}, kept for backward", kept, "MiB")
 
 

@@ -19,5 +19,5 @@ def test_bench_training_step(case: training.Case, name: str, benchmark: Any, tim
     batch, network = (2, resnet8) if smoke else (64, resnet20)
     step = training.step(case, name, DEVICE, batch, network)
     if name in ("eager", "branches", "qprune"):
-        training.check(case, step, training.step(case, "reference", DEVICE, batch, network))
+        training.check(case.name, step, training.step(case, "reference", DEVICE, batch, network))
     timed(step, rounds=9, batch=batch, layout="channels_last", implementation=name)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 from qprune import SearchSpace, prepare
 from qprune.kernels import backend
+from qprune.nn.premix import Premix
 from qprune.prepare import calibrate
 from qprune.tasks.models import resnet20
 
@@ -32,23 +35,36 @@ CASES = (Case("resnet20 step, 4 x 3 bits", joint=False), Case("resnet20 step, 12
 
 @dataclass
 class Step:
-    """One training step as a call; `model` and `batch` are what it works on."""
+    """One training step as a call: forward, backward and SGD on all parameters. dtype: of activations, by autocast; None: as they are."""
 
     model: nn.Module
     batch: tuple[Tensor, Tensor]
-    backend: str | None
+    backend: str | None = None
+    dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-4, momentum=0.9)
+        self.premix = Premix(self.model)
 
-    def loss(self) -> Tensor:
-        x, y = self.batch
-        return F.cross_entropy(self.model(x), y)
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        # without its cache of cast weights, which a CUDA graph must not find: each weight is used once
+        return (
+            contextlib.nullcontext() if self.dtype is None else torch.autocast(self.batch[0].device.type, self.dtype, cache_enabled=False)
+        )
+
+    def loss(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        with self.autocast():
+            return F.cross_entropy(model(x), y)
+
+    def forward(self) -> Tensor:
+        """The loss, with the weights of all mixed layers mixed together, as in a search."""
+        with self.premix:
+            return self.loss(self.model, *self.batch)
 
     def __call__(self) -> None:
         with backend(self.backend):
             self.optimizer.zero_grad()
-            self.loss().backward()
+            self.forward().backward()
             self.optimizer.step()
 
 
@@ -78,27 +94,27 @@ def _layer_results(layer: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tenso
     return {"result": out.detach(), "dx": dx, "dweight": d_weight}
 
 
-def check(case: Case, step: Step, other: Step) -> None:
+def check(name: str, step: Step, other: Step, limit: float = 5e-3) -> None:
     """Raise WrongResultError unless every layer of two steps gives the same output and gradients on the same input, up to a few codes that
     fall on the other side of a rounding boundary. (Whole networks are not compared: one such code sets off others further down.)"""
-    layers = {name: layer for name, layer in step.model.named_modules() if hasattr(layer, "weight_gate")}
+    layers = {key: layer for key, layer in step.model.named_modules() if hasattr(layer, "weight_gate")}
     others = dict(other.model.named_modules())
     inputs: dict[str, Tensor] = {}
     hooks = [
-        layer.register_forward_hook(lambda _, args, out, name=name: inputs.update({name: args[0].detach(), name + ".out": out.detach()}))
-        for name, layer in layers.items()
+        layer.register_forward_hook(lambda _, args, out, key=key: inputs.update({key: args[0].detach(), key + ".out": out.detach()}))
+        for key, layer in layers.items()
     ]
     with torch.no_grad():
-        step.loss()
+        step.loss(step.model, *step.batch)
     for hook in hooks:
         hook.remove()
-    for name, layer in layers.items():
-        x, grad = inputs[name], torch.randn_like(inputs[name + ".out"])
-        with backend(step.backend):
+    for key, layer in layers.items():
+        x, grad = inputs[key], torch.randn_like(inputs[key + ".out"])
+        with backend(step.backend), step.autocast():
             got = _layer_results(layer, x, grad)
-        with backend(other.backend):
-            want = _layer_results(others[name], x, grad)
+        with backend(other.backend), step.autocast():
+            want = _layer_results(others[key], x, grad)
         for what, value in want.items():
             error = float((got[what] - value).norm() / value.norm())
-            if not error < 5e-3:
-                raise WrongResultError(f"{case.name}, layer {name}: {what} differs by {error:.2g} of its norm")
+            if not error < limit:
+                raise WrongResultError(f"{name}, layer {key}: {what} differs by {error:.2g} of its norm")

@@ -16,9 +16,18 @@ import torch
 from rich.console import Console
 
 from qprune import cli
-from qprune.benchmarks import against, bench, cases, machine, measure, mixing, predict, roofline, rows, selection, shapes, table
+from qprune.benchmarks import (
+    against,
+    bench,
+    cases,
+    machine,
+    measure,
+    mixing,
+    rows,
+    selection,
+    table,
+)
 from qprune.benchmarks.rows import Row
-from qprune.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = [
@@ -257,63 +266,3 @@ def test_a_gpu_clock_adds_up_events(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_kept_bytes_counts_each_storage_once() -> None:
     x, w = torch.randn(8, 4, requires_grad=True), torch.randn(4, requires_grad=True)
     assert measure.kept_bytes(lambda: (x * w) * (x * w).exp(), [w]) == 3 * x.nbytes
-
-
-@pytest.mark.parametrize(
-    "name, count, distinct, weights",
-    [("resnet18", 20, 11, 11_678_912), ("resnet50", 53, 23, 25_502_912), ("mobilenetv2", 52, 30, 3_469_760)],
-)
-def test_layers_of_the_networks(name: str, count: int, distinct: int, weights: int) -> None:
-    every, some = shapes.convolutions(name, 256, distinct=False), shapes.convolutions(name, 256)
-    assert len(every) == count and len(some) == distinct and sum(shape.count for shape in some) == count
-    assert sum(torch.Size(shape).numel() for shape in shapes.weights(name)) == weights
-
-
-def test_a_written_shape_is_that_of_the_network() -> None:
-    traced = shapes.convolutions("resnet18", 256)[1]
-    assert (
-        dataclasses.replace(traced, name="", count=1) == shapes.convolution("256x64x56x56:64x3x3/1")
-        and str(traced) == "256x64x56x56:64x3x3/1"
-    )
-    with pytest.raises(InputError, match="--shapes: expected positive numbers"):
-        shapes.convolution("1x3x2x2:4x0x3")
-
-
-def test_predictions_by_hand() -> None:
-    """Two shapes: a 3x3 convolution that is bound by its dot products, and a 1x1 one that is bound by its bytes."""
-    gpu = predict.Gpu("round", copy=1e12, matmul=1e15, slots=1e15, launch=1e-6, library=0.5, fused=0.5)
-    dense = shapes.convolution("1x64x8x8:64x3x3/1")
-    assert dense.flops == 2 * 64 * 64 * 9 * 64
-    x, w = 64 * 64 * 2, 64 * 64 * 9 * 2
-    forward, backward = predict.library(dense, dataclasses.replace(gpu, matmul=1e11))
-    assert forward == pytest.approx(1e-6 + dense.flops / 0.5e11) and backward == pytest.approx(2 * forward)
-    assert predict.library(dense, gpu)[0] == pytest.approx(1e-6 + (2 * x + w) / 1e12)
-    wide = shapes.convolution("2x16x4x4:32x1x1/1")
-    x, y, w = 2 * 16 * 16 * 2, 2 * 16 * 32 * 2, 3 * 16 * 32 * 2
-    fused = predict.joint_fused(wide, 3, gpu)
-    assert fused.forward == pytest.approx(1e-6 + (x + y + w) / 1e12)
-    assert fused.backward == pytest.approx(2e-6 + (2 * x + y + w) / 1e12 + 2e-6 + (x + y + w) / 1e12)
-    library = predict.joint_library(wide, 3, gpu)
-    assert library.forward == pytest.approx(1e-6 + 4 * x / 1e12 + 1e-6 + (3 * x + y + w) / 1e12)
-    assert predict.joint_route(wide, 3, dataclasses.replace(gpu, launch=0.0)) == "fused"
-
-
-def test_roofline_prints_tables_and_routes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    rates = tmp_path / "rates.json"
-    rates.write_text(json.dumps({"machine": {"rates": {**RATES, "copy": 4e12}}, "rows": []}))
-    assert roofline.main(["--network", "resnet18", "--rates", str(rates), "--matmul", "7e14"]) == 0
-    text = capsys.readouterr().out
-    assert (
-        "copy=4000000000000.0, matmul=700000000000000.0" in text and "256x64x56x56:64x3x3/1" in text and "search step of ResNet-18" in text
-    )
-    assert roofline.main(["--routes"]) == 0
-    found: dict[str, Any] = {}
-    exec(capsys.readouterr().out, found)
-    assert found["ROUTES"][1, 256, 64, 3] == "fused" and found["ROUTES"][9, 512, 512, 3] == "library"
-    assert found["ROUTES"] == roofline.route_table()
-
-
-def test_slow_instructions_send_a_layer_to_the_library() -> None:
-    layer = shapes.convolution("256x64x56x56:256x1x1/1")
-    assert predict.joint_route(layer, 3) == "fused"
-    assert predict.joint_route(layer, 3, dataclasses.replace(predict.H200, slots=1e12)) == "library"
