@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from qprune.convolution import window_of
-from qprune.kernels import dispatch
 from qprune.kernels.int8_ops import quant_conv2d_int8
 from qprune.kernels.launch_int8 import MAX_SUM
 from qprune.kernels.reference_int8 import fits, weight_codes
@@ -24,30 +23,28 @@ if TYPE_CHECKING:
     from qprune.nn.quant import QuantConv2d
 
 _VECTOR = 16  # channels that a load moves at once; the kernels take other numbers too, one by one
-_forced: bool | None = None
+_on = False
 
 
 class enabled:
-    """Say whether eligible layers evaluate on integer codes: `enabled(False)`, as a call or as a `with` block.
-
-    on  True: on every device; False: nowhere; None, the default: on CUDA, where the Triton kernels are available
+    """Let eligible layers evaluate on integer codes: `with enabled(): …`, or `enabled()` and `enabled(False)` as calls. Off by default.
 
     Eligible is a QuantConv2d in eval mode, outside of autograd and compilation, with 2 to 8 bits for the input ("pact"), weight codes that
     fit 8 bits (not 8-bit "dorefa"), zero padding, and a multiple of 16 input channels per group. A NaN in the input counts as its lowest
-    level: codes cannot carry it.
+    level: codes cannot carry it. The kernels are for CUDA; on other devices the reference runs, in float64.
     """
 
-    def __init__(self, on: bool | None) -> None:
-        global _forced
-        self.previous = _forced
-        _forced = on
+    def __init__(self, on: bool = True) -> None:
+        global _on
+        self.previous = _on
+        _on = on
 
     def __enter__(self) -> enabled:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        global _forced
-        _forced = self.previous
+        global _on
+        _on = self.previous
 
 
 @dataclass(frozen=True)
@@ -71,11 +68,9 @@ def forget(layer: nn.Module) -> None:
 
 
 def _wanted(x: Tensor) -> bool:
-    if _forced is False or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+    if not _on or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
-    if type(x) is not Tensor or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return False
-    return _forced is True or (x.is_cuda and dispatch.select(x, "int8") is not None)
+    return type(x) is Tensor and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
 
 
 def _expressible(layer: QuantConv2d) -> bool:
