@@ -13,6 +13,7 @@ The backward pass is in multi_grad.py, the table in launch_multi.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -109,6 +110,11 @@ def mix_quantize_many_fwd_kernel(
             )  # fmt: skip
 
 
+def options(warps: int, k: int) -> dict[str, Any]:
+    """Triton's options. Without a bound on registers the assembler aims at one of its own, for one candidate with a spill."""
+    return {"num_warps": warps, "enable_fp_fusion": True, "maxnreg": 64 if k <= 8 else None}
+
+
 def forward_many(
     xs: Sequence[Tensor],
     outs: Sequence[Tensor],
@@ -132,7 +138,7 @@ def forward_many(
         for part in todo:
             mix_quantize_many_fwd_kernel[part.grid](
                 part.addresses(xs), part.addresses(outs), part.table, offset, range, p, X=part.dtypes[0], Y=part.dtypes[1],
-                **constants(part.blocks, len(part.layers), steps, zero_point, groups), num_warps=part.warps, enable_fp_fusion=True,
+                **constants(part.blocks, len(part.layers), steps, zero_point, groups), **options(part.warps, len(steps)),
             )  # fmt: skip
     params = [t.split(net.rows) for t in (offset, range, p)] if alone else []
     for i in alone:

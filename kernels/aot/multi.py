@@ -130,7 +130,7 @@ def _budget(c: Config, blocks: Sequence[launch_multi.Block]) -> Budget:
     narrow = 20 if wide == 1 else 0
     if c.kernel == "forward":
         bits = 8 * wide * _BYTES[c.y]
-        registers, slots = 48 + 4 * c.k, 12 + 5 * c.k + narrow
+        registers, slots = 64, 12 + 5 * c.k + narrow
     else:
         bits = 128
         extra = c.m > 1 or c.offset or c.x == "bf16"
@@ -152,10 +152,11 @@ def _build(c: Config) -> Build:
     types: dict[str, Any] = dict.fromkeys(function.arg_names, "*fp32")
     types |= {"p_table": "*i32", **dict.fromkeys(("xs", "ys", "gs", "dxs"), ("i64",) * layers)}
     words = [c.network, f"K={c.k}", c.x, c.y, f"M={c.m}", *["channels_last"] * c.last, *["d_offset"] * c.offset]
+    options = multi.options(tile.many_warps, c.k) if c.kernel == "forward" else {}
     itemsize = 0 if len(part.blocks) > 1 else _BYTES[c.y if c.kernel == "forward" else c.x]
     return Build(
         f"mix_quantize_many {c.kernel}", " ".join(words), function, types, constants, _budget(c, part.blocks), tile.many_warps,
-        arch=c.arch, itemsize=itemsize, outputs=c.m if c.kernel == "forward" else 1,
+        arch=c.arch, itemsize=itemsize, outputs=c.m if c.kernel == "forward" else 1, options=options,
     )  # fmt: skip
 
 
