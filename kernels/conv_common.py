@@ -103,10 +103,10 @@ def code_tile(b_x, b_center, inverse, shift, n, NAN: tl.constexpr):
 
     With NAN a NaN of x stays one. It reaches every sum that it takes part in, so one of several quantizers of a tile is enough.
     """
-    b_code = ((tl.clamp(b_x * inverse + shift, 0.0, 1.0) * n + MAGIC) - MAGIC) + b_center
     if NAN:
-        b_code = tl.where(b_x == b_x, b_code, b_x)
-    return b_code
+        # a choice between codes and x itself would be made after the conversion to 16 bits, without packed instructions
+        b_center = tl.where(b_x == b_x, b_center, b_x)
+    return ((tl.clamp(b_x * inverse + shift, 0.0, 1.0) * n + MAGIC) - MAGIC) + b_center
 
 
 def precision(dtype: torch.dtype) -> str:
