@@ -86,12 +86,16 @@ class Launch:
 
 @functools.lru_cache(maxsize=64)
 def _launches(
-    net: Network, dtypes: tuple[tuple[torch.dtype, torch.dtype], ...], unaligned: tuple[int, ...], device: torch.device, tile: ManyTile
+    net: Network,
+    dtypes: tuple[tuple[torch.dtype, torch.dtype], ...],
+    unaligned: tuple[int, ...],
+    device: torch.device,
+    processors: int,
+    tile: ManyTile,
 ) -> tuple[list[Launch], list[int]]:
     vectors = [16 // max(x.itemsize, other.itemsize) for x, other in dtypes]
     for i in unaligned:
         vectors[i] = 1
-    processors = device_of(torch.empty(0, device=device)).processors
     todo, alone = launch_multi.parts(net, dtypes, tuple(vectors), tile, processors)
     made = []
     for part, (x, other) in todo:
@@ -108,4 +112,4 @@ def launches(net: Network, xs: Sequence[Tensor], others: Sequence[Tensor]) -> tu
     device = device_of(xs[0])
     dtypes = tuple([(x.dtype, other.dtype) for x, other in zip(xs, others, strict=True)])
     unaligned = tuple([i for i, (x, other) in enumerate(zip(xs, others, strict=True)) if (x.data_ptr() | other.data_ptr()) % 16])
-    return _launches(net, dtypes, unaligned, xs[0].device, launch_multi.tile(device.interpreted))
+    return _launches(net, dtypes, unaligned, xs[0].device, device.processors, launch_multi.tile(device.interpreted))
