@@ -75,7 +75,7 @@ def tile(interpreted: bool) -> ManyTile:
 
 @dataclass(frozen=True)
 class Block:
-    """Rows and elements of a row in a block, and elements per memory access: 16 bytes of the wider dtype, or one where rows are not aligned."""
+    """Rows and elements of a row in a block, and elements per access: 16 bytes of the wider dtype, or one where rows are not aligned."""
 
     rows: int
     inner: int
