@@ -41,7 +41,7 @@ def compare(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) 
     """A line for every implementation of every case that both have. A time has moved if it changed by more than the noise of both runs."""
     before = {(row["case"], row["unit"], row.get("dtype", "")): row for row in old}
     before |= {(row["case"], row["unit"], ""): row for row in old if not row.get("dtype")}
-    lines = []
+    lines: list[tuple[str, ...]] = []
     for row in new:
         match = before.get((row["case"], row["unit"], row.get("dtype", ""))) or before.get((row["case"], row["unit"], ""))
         if match is None:

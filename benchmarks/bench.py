@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from . import against, machine, rates, rows, selection, table, training
+from .cases import DIRECTIONS
 from .machine import ROOT
 from .measure import WrongResultError
 from .rows import Row
@@ -33,19 +34,31 @@ class Output:
 
 
 def measure(request: Request, quick: bool) -> Iterator[Row]:
-    """A row after the other, each checked for correctness before it is timed (WrongResultError). request: as `checked` returns it."""
+    """A row after the other, each checked for correctness before it is timed. A case that is wrong or cannot run is a row that says so.
+    request: as `checked` returns it."""
     many = 50 if request.device == "cuda" else 15
     baselines = request.baselines or ()
     for case, directions in selection.select(request):
         if isinstance(case, training.Case):
-            yield from rows.of_training(case, baselines, 3 if quick else 9, request.device)
+            yield from _unless_it_fails(case.name, rows.of_training(case, baselines, 3 if quick else 9, request.device))
             continue
         for direction in directions:
-            yield rows.of_case(case, direction, baselines, 3 if quick else many, request.device)
+            row = rows.of_case(case, direction, baselines, 3 if quick else many, request.device)
+            yield from _unless_it_fails(f"{case.name}, {DIRECTIONS[direction]}", row)
+
+
+def _unless_it_fails(name: str, found: Iterator[Row]) -> Iterator[Row]:
+    try:
+        yield from found
+    except WrongResultError as error:
+        yield Row(name, 0.0, "", skipped=str(error), failed=True)
+    except Exception as error:  # one kernel that does not compile or fit must not cost the results of the others
+        first_line = next(iter(str(error).splitlines()), "")[:160]
+        yield Row(name, 0.0, "", skipped=f"{type(error).__name__}: {first_line}", failed=True)
 
 
 def run(request: Request, output: Output, console: Console, command: str) -> int:
-    """0, or 1 if a result was wrong: then nothing was timed that depends on it, and nothing is saved but what came before."""
+    """0, or 1 if a case was wrong or did not run: it has no time then."""
     whole = request.default_set
     request = request.checked()
     old = against.load(output.against) if output.against else None
@@ -56,30 +69,23 @@ def run(request: Request, output: Output, console: Console, command: str) -> int
     described["rates"] = {"name": described["device"], **rates.measure(request.device, output.quick)}
     found: list[Row] = []
 
-    def save() -> None:
+    def save(complete: bool) -> None:
         described["load after"] = round(os.getloadavg()[0], 2)
         if output.out is not None:
             dicts = [row.as_dict(described["rates"]) for row in found]
             table.write_json(output.out, dicts, described, command, complete=complete)
 
-    complete, wrong, start = True, "", time.perf_counter()
+    complete, start = False, time.perf_counter()
     with _progress() as update:
-        try:
-            for row in _rows(request, output.quick, whole):
-                found.append(row)
-                update(f"{len(found)} rows, last: {row.case}")
-                complete = False
-                save()
-                if output.seconds and time.perf_counter() - start > output.seconds:
-                    break
-            else:
-                complete = True
-        except WrongResultError as error:
-            wrong = str(error)
-    if wrong:
-        sys.stderr.write(f"not timed: {wrong}\n")
-        return 1
-    save()
+        for row in _rows(request, output.quick, whole):
+            found.append(row)
+            update(f"{len(found)} rows, last: {row.case}")
+            save(complete=False)
+            if output.seconds and time.perf_counter() - start > output.seconds:
+                break
+        else:
+            complete = True
+    save(complete)
     if output.markdown:
         print(table.markdown(found, described))
     else:
@@ -89,7 +95,10 @@ def run(request: Request, output: Output, console: Console, command: str) -> int
         console.print(against.rich_table(old, [row.as_dict() for row in found], described))
     if not complete:
         sys.stderr.write(f"stopped after {output.seconds:g} s; the cases after {found[-1].case!r} were not measured\n")
-    return 0
+    for row in found:
+        if row.failed:
+            sys.stderr.write(f"not timed: {row.case}: {row.skipped}\n")
+    return int(any(row.failed for row in found))
 
 
 def _rows(request: Request, quick: bool, whole: bool) -> Iterator[Row]:

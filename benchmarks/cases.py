@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from qprune.grids import input_grid, weight_grid
 from qprune.kernels import backend
-from qprune.quantizers import input_grid, weight_grid
 
 from .measure import WrongResultError, kept_bytes
 
@@ -169,11 +169,11 @@ def call(case: Case, name: str, direction: str, device: str = "cpu", compiler: s
     def backward_only() -> tuple[Tensor, ...]:
         # a compiled backward pass gives its memory away unless it is told that it will run again
         with _backend(name), torch._functorch.config.patch(donated_buffer=False):  # type: ignore[no-untyped-call]
-            if not kept:
-                kept.append(run())
-            return backward(kept[0], keep=True)
+            if not held:
+                held.append(run())
+            return backward(held[0], keep=True)
 
-    kept: list[tuple[Tensor, ...]] = []
+    held: list[tuple[Tensor, ...]] = []
     return {"forward": forward_only, "both": both, "backward": backward_only}[direction]
 
 

@@ -128,7 +128,9 @@ def graphed(step: Step) -> Callable[[], None]:
     return graph.replay
 
 
-def suits(form: str, implementation: str, device: str) -> bool:
+def suits(name: str, device: str) -> bool:
+    """Whether a device can run form/implementation."""
+    form, implementation = name.split("/")
     if implementation == "graph":
         return device == "cuda"
     allowed = {"float": ("eager", "compile"), "fixed": ("eager", "compile", "qprune"), "sampled": ("eager", "compile", "qprune", "search")}
@@ -144,12 +146,16 @@ def check(form: str, setup: Setup) -> None:
     training.check(f"{setup.network}, {form}", ours, eager, limit=5e-3 if setup.dtype == "fp32" else 6e-2)
 
 
-def measure(form: str, implementation: str, setup: Setup) -> dict[str, Any]:
-    """Milliseconds and peak memory of one implementation, as a row."""
-    row: dict[str, Any] = {
+def _row(form: str, implementation: str, setup: Setup) -> dict[str, Any]:
+    return {
         "kernel": "imagenet_step", "case": f"{setup.network} step, {form}", "form": form, "implementation": implementation, "unit": "ms",
         "batch": setup.batch, "side": setup.side, "dtype": setup.dtype,
     }  # fmt: skip
+
+
+def measure(form: str, implementation: str, setup: Setup) -> dict[str, Any]:
+    """Milliseconds and peak memory of one implementation, as a row."""
+    row = _row(form, implementation, setup)
     gpu = setup.device == "cuda"
     try:
         if gpu:
@@ -162,6 +168,8 @@ def measure(form: str, implementation: str, setup: Setup) -> dict[str, Any]:
         seconds = alternate({implementation: step}, setup.rounds, setup.device, least=0.0).rounds[implementation]
     except torch.cuda.OutOfMemoryError:
         return {**row, "skipped": "out of memory", "values": {}}
+    except Exception as error:  # one implementation that fails must not cost the times of the others
+        return {**row, "skipped": f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:160]}", "values": {}, "failed": True}
     finally:
         torch.compiler.reset()
     median = statistics.median(seconds) * 1e3
@@ -175,15 +183,21 @@ def measure(form: str, implementation: str, setup: Setup) -> dict[str, Any]:
 def run(setup: Setup, wanted: Sequence[str], seconds: float) -> Iterator[dict[str, Any]]:
     """Rows in ORDER, each form checked before its first row; none begins after `seconds` (0: no limit). The plain step comes again at the
     end: if its two times differ, so did the machine."""
-    start, checked = time.perf_counter(), {"float"}
+    start, checked = time.perf_counter(), {"float": ""}
     for name in [*(n for n in ORDER if n in wanted), *(["float/eager"] if "float/eager" in wanted and setup.rounds > 1 else [])]:
         form, implementation = name.split("/")
         if seconds and time.perf_counter() - start > seconds:
             return
         if form not in checked:
-            check(form, setup)
-            checked.add(form)
-        yield measure(form, implementation, setup)
+            try:
+                check(form, setup)
+                checked[form] = ""
+            except WrongResultError as error:
+                checked[form] = str(error)
+        if checked[form]:
+            yield {**_row(form, implementation, setup), "skipped": checked[form], "values": {}, "failed": True}
+        else:
+            yield measure(form, implementation, setup)
 
 
 def as_table(rows: Sequence[dict[str, Any]], described: dict[str, Any]) -> Table:
@@ -213,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=0.0, help="begin nothing after so many seconds")
     parser.add_argument("--out", type=Path, help="write the numbers to this JSON file")
     options = parser.parse_args(arguments)
-    known = [name for name in ORDER if suits(*name.split("/"), DEVICE)]
+    known = [name for name in ORDER if suits(name, DEVICE)]
     wanted = options.only.split(",") if options.only else known
     if unknown := [name for name in wanted if name not in known]:
         parser.error(f"--only: expected some of {', '.join(known)}, got {', '.join(unknown)}")
@@ -222,17 +236,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     described["rates"] = {"name": described["device"], **rates.measure(DEVICE, quick=True)}
     command = " ".join(["python -m benchmarks.imagenet_step", *(sys.argv[1:] if arguments is None else arguments)])
     found: list[dict[str, Any]] = []
-    try:
-        for row in run(setup, wanted, options.seconds):
-            found.append(row)
-            if options.out is not None:
-                table.write_json(options.out, found, described, command)
-            print(f"{row['form']}/{row['implementation']}: {row.get('skipped') or format(row['ms'], '.1f') + ' ms'}", file=sys.stderr)
-    except WrongResultError as error:
-        print(f"not timed: {error}", file=sys.stderr)
-        return 1
+    for row in run(setup, wanted, options.seconds):
+        found.append(row)
+        if options.out is not None:
+            table.write_json(options.out, found, described, command)
+        print(f"{row['form']}/{row['implementation']}: {row.get('skipped') or format(row['ms'], '.1f') + ' ms'}", file=sys.stderr)
     Console().print(as_table(found, described))
-    return 0
+    return int(any(row.get("failed") for row in found))
 
 
 if __name__ == "__main__":

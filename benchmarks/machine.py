@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+_HERE = Path(__file__).resolve()
+ROOT = _HERE.parents[1] if (_HERE.parents[1] / "qprune").is_dir() else _HERE.parents[2]
+"""The folder that `qprune` lies in: the checkout, or site-packages."""
 
 
 def _output(*command: str) -> str:
@@ -39,7 +41,8 @@ def _version(package: str) -> str:
 def describe(device: str) -> dict[str, Any]:
     """The machine, for the header of the table and for JSON files."""
     gpu = device == "cuda"
-    commit = _output("git", "rev-parse", "--short=12", "HEAD") or "unknown"
+    checkout = (ROOT / "setup.py").is_file()
+    commit = (_output("git", "rev-parse", "--short=12", "HEAD") if checkout else "") or "unknown"
     changed = _output("git", "status", "--porcelain", "--untracked-files=no", "--", "kernels", "qprune", "benchmarks/*.py")
     return {
         "device": torch.cuda.get_device_name() if gpu else f"{_processor()} ({torch.backends.cpu.get_cpu_capability()})",

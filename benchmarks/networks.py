@@ -73,7 +73,7 @@ class InvertedResidual(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int, expansion: int) -> None:
         super().__init__()
         hidden = inputs * expansion
-        expand = conv_bn(inputs, hidden, 1, activation=nn.ReLU6) if expansion > 1 else []
+        expand = [*conv_bn(inputs, hidden, 1, activation=nn.ReLU6)] if expansion > 1 else []
         self.body = nn.Sequential(*expand, *conv_bn(hidden, hidden, 3, stride, hidden, nn.ReLU6), *conv_bn(hidden, outputs, 1))
         self.residual = stride == 1 and inputs == outputs
 

@@ -36,7 +36,7 @@ class Row:
     bytes, flops     logical work of a call
     shape, quantizers  of a convolution, and how many activation widths it has
     memory  bytes: on a GPU the peak that a call adds, on a CPU what autograd keeps for the backward pass; per implementation
-    skipped why there is no value
+    skipped why there is no value; failed: and that it should have one
     """
 
     case: str
@@ -60,6 +60,7 @@ class Row:
     quantizers: int = 0
     memory: dict[str, int] = field(default_factory=dict)
     skipped: str = ""
+    failed: bool = False
 
     @property
     def met(self) -> bool | None:
@@ -121,12 +122,15 @@ def timed(case: str, timings: Timings, target: dict[str, float] | None = None, m
     )
 
 
-def of_case(case: Case, direction: str, baselines: Collection[str], rounds: int, device: str, compiler: str = cases.INDUCTOR) -> Row:
-    """Check every implementation that is asked for, then time them in turn. baselines: first parts of names."""
+def of_case(
+    case: Case, direction: str, baselines: Collection[str], rounds: int, device: str, compiler: str = cases.INDUCTOR
+) -> Iterator[Row]:
+    """A row. Check every implementation that is asked for, then time them in turn. baselines: first parts of names."""
     facts: dict[str, Any] = {"kernel": case.kernel, "direction": direction, "dtype": str(case.dtype).removeprefix("torch.")}
     name = f"{case.name}, {DIRECTIONS[direction]}"
     if reason := case.missing():
-        return Row(name, 0.0, "", skipped=reason, **facts)
+        yield Row(name, 0.0, "", skipped=reason, **facts)
+        return
     wanted = [n for n in case.implementations if n.partition("-")[0] in {"qprune", *baselines}]
     want = cases.reference(case, direction, device)
     calls: dict[str, Call] = {}
@@ -145,7 +149,7 @@ def of_case(case: Case, direction: str, baselines: Collection[str], rounds: int,
     if isinstance(case, Convolution):
         facts |= {"shape": str(case.shape), "quantizers": len(case.a_bits)}
     target = {"compile": 1.0} if case.kernel == "mix_quantize" and device == "cpu" else None
-    return timed(name, alternate(calls, rounds, device), target, memory, **facts)
+    yield timed(name, alternate(calls, rounds, device), target, memory, **facts)
 
 
 def of_training(case: training.Case, baselines: Collection[str], rounds: int, device: str) -> Iterator[Row]:
@@ -156,7 +160,7 @@ def of_training(case: training.Case, baselines: Collection[str], rounds: int, de
         if name != "float":
             training.check(case.name, steps["qprune"], steps[name])
     target = {"float": 3.8} if case.joint else {"float": 1.35, "branches": 1 / 3}
-    facts = {"kernel": "training", "direction": "both", "dtype": "float32"}
+    facts: dict[str, Any] = {"kernel": "training", "direction": "both", "dtype": "float32"}
     yield timed(case.name, alternate(steps, rounds, device), target if device == "cpu" else None, **facts)
     if not case.joint:
         kept = {name: kept_bytes(step.forward, step.model.parameters()) / 2**20 for name, step in steps.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -38,6 +38,9 @@ DEFAULT_SHAPES = {
         "int8": ("resnet18", "resnet50"),
     },
 }
+
+
+_CONVOLUTIONS: dict[str, Callable[..., Case]] = {"mixed_conv2d": Joint, "depthwise": Depthwise, "int8": Integer}
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,7 @@ def _of_kernel(kernel: str, text: str, request: Request) -> Iterator[Case | trai
         yield from _mixings(text, request, dtype)
     else:
         for shape in _convolutions(text, request.batch, depthwise=kernel == "depthwise"):
-            yield {"mixed_conv2d": Joint, "depthwise": Depthwise, "int8": Integer}[kernel](shape, w_bits, a_bits, dtype)
+            yield _CONVOLUTIONS[kernel](shape, w_bits, a_bits, dtype)
 
 
 def _mixings(text: str, request: Request, dtype: torch.dtype) -> Iterator[Case]:

@@ -49,7 +49,7 @@ def _share(rate: float, rates: Mapping[str, Any] | None, of: str) -> str:
 def cells(row: Row, rates: Mapping[str, Any] | None = None) -> dict[str, str]:
     """A row by column."""
     if row.skipped:
-        return {"case": row.case, "qprune": f"skipped: {row.skipped}"}
+        return {"case": row.case, "qprune": f"{'failed' if row.failed else 'skipped'}: {row.skipped}"}
     moved, done = row.rate(row.bytes), row.rate(row.flops)
     variant = row.variant.get("qprune", "").partition("-")[2]
     memory = row.memory.get(row.variant.get("qprune", "qprune"))

@@ -29,6 +29,9 @@ def test_imagenet_step_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     with pytest.raises(SystemExit):
         imagenet_step.main(["--only", "float/branches"])
     assert "--only: expected some of float/eager" in capsys.readouterr().err
+    short = imagenet_step.Setup("resnet8", 16, 2, "fp32", "cpu", 1)
+    monkeypatch.setattr(imagenet_step, "check", lambda form, setup: _raise(measure.WrongResultError("dx differs")))
+    assert [row.get("skipped") for row in imagenet_step.run(short, ["float/eager", "joint/qprune"], 0.0)] == [None, "dx differs"]
     monkeypatch.setattr(imagenet_step, "build", lambda form, name, setup: _raise(torch.cuda.OutOfMemoryError("no room")))
     assert imagenet_step.measure("joint", "branches", imagenet_step.Setup(rounds=1, device="cpu"))["skipped"] == "out of memory"
 

@@ -104,15 +104,20 @@ def test_backward_alone_is_the_second_half_of_both() -> None:
     assert all(torch.equal(a, b) for a, b in zip(both[1:], backward, strict=True))
 
 
-def test_a_failed_check_ends_without_a_table(monkeypatch: pytest.MonkeyPatch, fixed: None, tmp_path: Path) -> None:
-    def wrong(request: Any, quick: bool, whole: bool) -> Any:
-        yield from ROWS[:1]
-        raise measure.WrongResultError("eager: dx differs")
+@pytest.mark.parametrize("error", [measure.WrongResultError("eager: dx differs"), RuntimeError("out of resource: shared memory\nmore")])
+def test_a_case_that_fails_has_no_time_and_costs_no_other(error: Exception, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def of_case(case: Any, direction: str, *rest: Any) -> Any:
+        if direction == "both":
+            raise error
+        yield ROWS[0]
 
-    monkeypatch.setattr(bench, "_rows", wrong)
-    code, out, err = qprune("--out", str(tmp_path / "cpu.json"), "--threads", "1")
-    assert code == 1 and "not timed: eager: dx differs" in err and "a step" not in out
-    assert len(json.loads((tmp_path / "cpu.json").read_text())["rows"]) == 1
+    monkeypatch.setattr(bench.rows, "of_case", of_case)
+    code, out, err = qprune("--kernel", "mix_quantize", "--shapes", "4x8", "--direction", "both,forward",
+                            "--out", str(tmp_path / "cpu.json"), "--threads", "1")  # fmt: skip
+    assert code == 1 and "not timed: weight 4x8, K=5, forward + backward: " in err and str(error).splitlines()[0] in err
+    assert "a step" in out and err.splitlines()[-1].endswith(str(error).splitlines()[0])
+    found = json.loads((tmp_path / "cpu.json").read_text())["rows"]
+    assert [row["failed"] for row in found] == [True, False] and found[0]["value"] == 0.0
 
 
 def test_table_and_json(fixed: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
