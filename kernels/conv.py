@@ -21,11 +21,12 @@ from torch import Tensor
 
 from . import launch_conv, layout
 from .candidates import FULL, aligned, device_of, guard
-from .conv_common import code_tile, dot, largest, load_quantizers, pick, precision
+from .conv_common import codes, dot, largest, load_quantizers, pick, precision
 from .conv_grad_input import backward_input
 from .conv_grad_weight import backward_weight
 from .conv_pack import filter_table, pack
 from .launch_conv import ConvShape, ConvTile
+from .reference import IDENTITY
 from .reference_conv import Geometry
 
 __all__ = ["backward_input", "backward_weight", "forward"]
@@ -42,8 +43,9 @@ def inside(position, size):
 @triton.jit(do_not_specialize=SIZES)
 def mixed_conv_fwd_kernel(
     p_x,  # [N, H, W, row] any float type
-    p_v,  # the blocks and sums that `pack` makes
-    p_fix,
+    p_v,  # what `pack` makes
+    p_outside,
+    p_center,
     p_y,  # [N, plane, filters] any float type
     p_offset,  # [M] float32
     p_range,  # [M] float32
@@ -63,6 +65,7 @@ def mixed_conv_fwd_kernel(
     ZERO: tl.constexpr,
     SAMPLED: tl.constexpr,
     FIRST: tl.constexpr,
+    FULLS: tl.constexpr,
     KERNEL: tl.constexpr,
     MERGED: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -80,10 +83,12 @@ def mixed_conv_fwd_kernel(
 ):
     """y = Σ_m conv(A_m(x), V_m). A program owns BM output positions and BN filters of one group, of one quantizer with SAMPLED.
 
-    Taps outside the image read zeros, whose codes need not be zero: `p_fix` takes off what they add, in one more product. Masking the
-    tiles instead would keep them from going straight from the loads' shared memory to the registers of the product.
+    The product runs on codes q. Their center, β/d − z, is added as a constant of the filter, `p_center` over all taps. Taps outside the
+    image read zeros: `p_outside` takes off what these add, in one more product. Masks on the tiles of codes instead would keep them from
+    going straight from the shared memory of the loads to the registers of the product.
 
     FIRST   a quantizer that carries NaN from x to y: the first that contributes
+    FULLS   whether there is a full-precision quantizer
     BLOCKS  of BK elements in a run
     EVEN    they have no remainder
     """
@@ -92,7 +97,7 @@ def mixed_conv_fwd_kernel(
     row = aligned(row, ALIGN_X)
     run = aligned(run, ALIGN_X)
     filters = aligned(filters, ALIGN_Y)
-    inverse, shift, center, step = load_quantizers(p_offset, p_range, M, STEPS, ZERO, True)
+    inverse, shift, _, step = load_quantizers(p_offset, p_range, M, STEPS, ZERO, True)
     tile = tl.program_id(0) % tiles
     i_m = (tl.program_id(0) // tiles).to(tl.int64) * BM
     group = tl.program_id(1).to(tl.int64)
@@ -107,7 +112,6 @@ def mixed_conv_fwd_kernel(
         n = pick(b_quantizer, STEPS, M)
         b_inverse = pick(b_quantizer, inverse, M)
         b_shift = pick(b_quantizer, shift, M)
-        b_center = pick(b_quantizer, center, M)
         scale = pick(b_quantizer, step, M)
         steps = tl.where(pick(quantizer, STEPS, M) != 0, steps, 0)
     else:
@@ -140,24 +144,31 @@ def mixed_conv_fwd_kernel(
             mask = mask & (o_k < run - i_k)[None, :]
         b_x = tl.load(p_rows + ((d_h * width + d_w) * row + i_k), mask=mask, other=0.0).to(tl.float32)
         if SAMPLED:
-            b_a = code_tile(b_x, b_center, b_inverse, b_shift, n, True)
-            b_a = tl.where(n == FULL, b_x, b_a)
+            b_a = codes(b_x, b_inverse, b_shift, n) + tl.where(b_x == b_x, 0.0, b_x)
+            if FULLS:
+                b_a = tl.where(n == FULL, b_x, b_a)
             acc = dot(b_a.to(p_v.dtype.element_ty), tl.load(p_blocks), acc, PRECISION)
         else:
             for m in tl.static_range(M):
                 if STEPS[m] != 0:
-                    b_a = b_x if STEPS[m] == FULL else code_tile(b_x, center[m], inverse[m], shift[m], STEPS[m], m == FIRST)
+                    b_a = b_x if STEPS[m] == FULL else codes(b_x, inverse[m], shift[m], STEPS[m])
+                    if m == FIRST:
+                        # not a choice between codes and x, which is made after the conversion to 16 bits, without packed instructions
+                        b_a += tl.where(b_x == b_x, 0.0, b_x)
                     acc = dot(b_a.to(p_v.dtype.element_ty), tl.load(p_blocks + m * BN * BK), acc, PRECISION)
         p_blocks += STRIDE_V
+
+    TAPS: tl.constexpr = KERNEL[0] * KERNEL[1]
+    o_t = tl.arange(0, BT)
+    o_taps = ((group * tiles + tile) * TAPS + o_t)[:, None] * BN + o_n[None, :]
+    m_taps = ((o_t < TAPS) & (steps > 0))[:, None]
     if PADDING[0] > 0 or PADDING[1] > 0:
-        TAPS: tl.constexpr = KERNEL[0] * KERNEL[1]
-        o_t = tl.arange(0, BT)
         b_h = o_h[:, None] + (o_t // KERNEL[1] * DILATION[0])[None, :]
         b_w = o_w[:, None] + (o_t % KERNEL[1] * DILATION[1])[None, :]
         b_out = tl.where(inside(b_h, height) & inside(b_w, width), 0.0, 1.0)
-        p_taps = p_fix + ((group * tiles + tile) * TAPS + o_t)[:, None] * BN + o_n[None, :]
-        b_fix = tl.load(p_taps, mask=((o_t < TAPS) & (steps > 0))[:, None], other=0.0)
-        acc = dot(b_out.to(b_fix.dtype), b_fix, acc, PRECISION)
+        b_outside = tl.load(p_outside + o_taps, mask=m_taps, other=0.0)
+        acc = dot(b_out.to(b_outside.dtype), b_outside, acc, PRECISION)
+    acc += tl.sum(tl.load(p_center + o_taps, mask=m_taps, other=0.0), axis=0)[None, :]
 
     total = tl.num_programs(1) * filters
     p_out = p_y + i_m * total + group * filters + (tl.arange(0, BM)[:, None] * total + b_f[None, :])
@@ -181,7 +192,8 @@ def constants(
     """The compile-time arguments that follow from shape and quantizers. channels: of x; kernel: height and width."""
     return {
         "M": len(steps), "STEPS": tuple(steps), "ZERO": tuple(zero_point), "SAMPLED": sampled,
-        "FIRST": next((m for m, n in enumerate(steps) if n != 0), -1), "KERNEL": tuple(kernel), "MERGED": s.merged,
+        "FIRST": next((m for m, n in enumerate(steps) if n != 0), -1), "FULLS": IDENTITY in steps,
+        "KERNEL": tuple(kernel), "MERGED": s.merged,
         "STRIDE": g.stride, "PADDING": g.padding, "DILATION": g.dilation,
         "BLOCKS": triton.cdiv(s.run, tile.block_k), "EVEN": s.run % tile.block_k == 0,
         "ALIGN_X": math.gcd(16, s.run, channels), "ALIGN_Y": math.gcd(16, s.filters),
@@ -217,11 +229,11 @@ def forward(
     tile = launch_conv.forward(s, device_of(x))
     with guard(x):
         table = None if choice is None else filter_table(choice, g.groups, len(steps), tile.block_n)
-        v, fix = pack(weight, out.dtype, offset, range, steps, zero_point, table, s, tile)
-        tiles = v.size(1)
+        packed = pack(weight, out.dtype, offset, range, steps, zero_point, table, s, tile)
+        tiles = packed[0].size(1)
         grid = (triton.cdiv(s.pixels, tile.block_m) * tiles, g.groups)
         mixed_conv_fwd_kernel[grid](
-            x, v, fix, y, offset, range, *(table or (range, range)),
+            x, *packed, y, offset, range, *(table or (range, range)),
             s.pixels, out.size(2) * out.size(3), out.size(3), x.size(2), x.size(3), x.size(1), s.run, s.filters, tiles,
             **constants(s, tile, steps, zero_point, sampled, x.size(1), weight.shape[2:], g),
             PRECISION=precision(out.dtype), num_warps=tile.conv_warps, num_stages=tile.conv_stages, maxnreg=tile.conv_registers,

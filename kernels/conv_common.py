@@ -98,6 +98,12 @@ def border(mask, shift, center, n):
 
 
 @triton.jit
+def codes(b_x, inverse, shift, n):
+    """q of a float32 tile. n: the steps, a number, a scalar or a block."""
+    return (tl.clamp(b_x * inverse + shift, 0.0, 1.0) * n + MAGIC) - MAGIC
+
+
+@triton.jit
 def code_tile(b_x, b_center, inverse, shift, n, NAN: tl.constexpr):
     """q + center of a float32 tile that is 0 where its mask is off; b_center from `border`. n: the steps, a number or a scalar.
 
@@ -106,7 +112,7 @@ def code_tile(b_x, b_center, inverse, shift, n, NAN: tl.constexpr):
     if NAN:
         # a choice between codes and x itself would be made after the conversion to 16 bits, without packed instructions
         b_center = tl.where(b_x == b_x, b_center, b_x)
-    return ((tl.clamp(b_x * inverse + shift, 0.0, 1.0) * n + MAGIC) - MAGIC) + b_center
+    return codes(b_x, inverse, shift, n) + b_center
 
 
 def precision(dtype: torch.dtype) -> str:

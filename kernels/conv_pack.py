@@ -83,7 +83,8 @@ def filter_table(choice: Tensor, groups: int, m: int, block: int) -> FilterTable
 def pack_kernel(
     p_w,  # [groups · filters, M · channels, TAPS · WIDTH] any float type, strides w_f, w_c, w_t
     p_v,  # [groups, tiles, TAPS, BLOCKS, quantizers, BN, BK] of the product's type
-    p_fix,  # [groups, tiles, TAPS · WIDTH, BN] of the product's type
+    p_outside,  # [groups, tiles, TAPS · WIDTH, BN] of the product's type
+    p_center,  # [groups, tiles, TAPS · WIDTH, BN] float32
     p_offset,  # [M] float32
     p_range,  # [M] float32
     p_filter,  # as `FilterTable`, not read without SAMPLED
@@ -102,10 +103,11 @@ def pack_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """V_m·d_m/max d as blocks in the order in which the product reads them, zero where they are padded, and what a tap outside the image
-    adds to the product, negated. With SAMPLED, V_m of the tile's quantizer alone, without the factor.
+    """V_m·d_m/max d as blocks in the order in which the product reads them, zero where they are padded. With SAMPLED, V_m of the tile's
+    quantizer alone, without the factor. Position k of a run is channel k mod channels in column k / channels of WIDTH columns.
 
-    Position k of a run is channel k mod channels in column k / channels of WIDTH columns.
+    Also, for each tap, what the product of codes lacks: Σ_m center_m·Σ_c V_m in the image, and minus that and minus the share of the codes
+    of 0 outside of it.
     """
     tile = tl.program_id(0)
     tap = tl.program_id(1)
@@ -118,14 +120,16 @@ def pack_kernel(
         quantizer = tl.load(p_quantizer + i_t)
         b_f = tl.load(p_filter + i_t * BN + o_n, mask=(o_n >= 0) & (quantizer >= 0), other=-1)
         m_f = b_f >= 0
-        zero = zero_code(pick(quantizer, shift, M), pick(quantizer, STEPS, M)) + pick(quantizer, center, M)
+        b_center = pick(quantizer, center, M)
+        b_zero = zero_code(pick(quantizer, shift, M), pick(quantizer, STEPS, M))
     else:
         b_f = tile * BN + o_n
         m_f = b_f < filters
     p_rows = p_w + (group * filters + b_f)[:, None] * w_f + tap * WIDTH * w_t
     p_v += (i_t * taps + tap) * (BLOCKS * (1 if SAMPLED else M) * BN * BK) + o_n[:, None] * BK + tl.arange(0, BK)[None, :]
     for column in range(WIDTH):
-        b_total = tl.zeros((BN, BK), tl.float32)
+        b_centers = tl.zeros((BN, BK), tl.float32)
+        b_zeros = tl.zeros((BN, BK), tl.float32)
         for block in range(BLOCKS):
             o_k = block * BK + tl.arange(0, BK)[None, :]
             o_w = o_k % channels * w_c + o_k // channels * w_t if WIDTH > 1 else o_k * w_c
@@ -135,13 +139,19 @@ def pack_kernel(
                 b_w = tl.load(p_rows + o_w + from_m, mask=mask, other=0.0).to(tl.float32)
                 if not SAMPLED:
                     b_w *= tl.div_rn(step[m], largest(step, M))
-                    zero = zero_code(shift[m], STEPS[m]) + center[m]
+                    b_center = center[m]
+                    b_zero = zero_code(shift[m], STEPS[m])
                 b_v = b_w.to(p_v.dtype.element_ty)
                 tl.store(p_v + (block * (1 if SAMPLED else M) + m) * (BN * BK), b_v)
-                b_here = zero * b_v.to(tl.float32)
-                b_total += b_here if WIDTH == 1 else tl.where(o_k // channels == column, b_here, 0.0)
-        b_fix = -tl.sum(b_total, axis=1)
-        tl.store(p_fix + ((i_t * taps + tap) * WIDTH + column) * BN + o_n, b_fix.to(p_fix.dtype.element_ty))
+                b_here = b_v.to(tl.float32)
+                if WIDTH > 1:
+                    b_here = tl.where(o_k // channels == column, b_here, 0.0)
+                b_centers += b_center * b_here
+                b_zeros += b_zero * b_here
+        at = ((i_t * taps + tap) * WIDTH + column) * BN + o_n
+        b_centers = tl.sum(b_centers, axis=1)
+        tl.store(p_center + at, b_centers)
+        tl.store(p_outside + at, (-b_centers - tl.sum(b_zeros, axis=1)).to(p_outside.dtype.element_ty))
 
 
 def pack_constants(
@@ -177,16 +187,17 @@ def pack(
     table: FilterTable | None,
     s: ConvShape,
     tile: ConvTile,
-) -> tuple[Tensor, Tensor]:
-    """The weight [CO, M·C/groups, kh, kw] as `mixed_conv_fwd_kernel` reads it, and the share of taps outside the image; both in `dtype`."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The weight [CO, M·C/groups, kh, kw] as `mixed_conv_fwd_kernel` reads it, and what the product lacks outside and inside the image."""
     m, taps = len(steps), weight.size(2) * weight.size(3)
     weight, strides = _flat_taps(weight)
     tiles = triton.cdiv(s.filters, tile.block_n) if table is None else table.quantizers.size(1)
     blocks = triton.cdiv(s.run, tile.block_k)
     v = layout.empty((s.groups, tiles, s.taps, blocks, s.quantizers, tile.block_n, tile.block_k), weight, dtype)
-    fix = layout.empty((s.groups * tiles, taps, tile.block_n), weight, dtype)
+    outside = layout.empty((s.groups * tiles, taps, tile.block_n), weight, dtype)
+    center = layout.empty((s.groups * tiles, taps, tile.block_n), weight, torch.float32)
     pack_kernel[(tiles, s.taps, s.groups)](
-        weight, v, fix, offset, range, *(table or (range, range)), s.filters, weight.size(1) // m, *strides,
+        weight, v, outside, center, offset, range, *(table or (range, range)), s.filters, weight.size(1) // m, *strides,
         **pack_constants(s, tile, steps, zero_point, table is not None, taps), num_warps=pack_warps(tile),
     )  # fmt: skip
-    return v, fix
+    return v, outside, center

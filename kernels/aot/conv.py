@@ -115,7 +115,7 @@ def _product(c: Config) -> Build:
         "PRECISION": "tf32" if c.dtype == "fp32" else "ieee",
     }  # fmt: skip
     types = {name: "*fp32" if name.startswith("p_") else "i32" for name in function.arg_names}
-    types |= dict.fromkeys(("p_v", "p_fix", "p_y"), f"*{c.dtype}") | {"p_x": f"*{c.x_dtype or c.dtype}"}
+    types |= dict.fromkeys(("p_v", "p_outside", "p_y"), f"*{c.dtype}") | {"p_x": f"*{c.x_dtype or c.dtype}"}
     if c.sampled:
         types |= {"p_filter": "*i32", "p_quantizer": "*i32"}
     words = [layer.name, c.dtype, f"M={c.m}", *["sampled"] * c.sampled, *["x fp32"] * bool(c.x_dtype)]
@@ -133,7 +133,7 @@ def _packing(c: Config) -> Iterator[Build]:
     function = conv_pack.pack_kernel
     tables = dict.fromkeys(("p_filter", "p_quantizer"), "*i32" if c.sampled else "*fp32")
     types = {name: "*fp32" if name.startswith("p_") else "i32" for name in function.arg_names} | tables
-    types |= dict.fromkeys(("p_v", "p_fix"), f"*{c.dtype}")
+    types |= dict.fromkeys(("p_v", "p_outside"), f"*{c.dtype}")
     constants: dict[str, Any] = {**conv_pack.pack_constants(s, tile, c.steps[: c.m], (0.0,) * c.m, c.sampled, c.layer.kernel**2), "w_c": 1}
     budget = Budget(192, None, 8192, (r"STG\S*\.128", *[r"LDG\S*\.128"] * (c.layer.channels % 16 == 0)))
     sizes = ("channels", "w_f", "w_t") if c.layer.channels % 16 == 0 else ()
