@@ -176,13 +176,15 @@ def mixed_conv_fwd_kernel(
 
 
 def shape(
-    pixels: int, filters: int, channels: int, kernel: Sequence[int], quantizers: int, x_itemsize: int, itemsize: int, g: Geometry
+    pixels: int, filters: int, channels: int, kernel: Sequence[int], quantizers: int, x_dtype: torch.dtype, dtype: torch.dtype, g: Geometry
 ) -> ConvShape:
     """What the launch parameters depend on. filters, channels: of the whole convolution; quantizers: that each filter uses."""
     kh, kw = kernel
     merged = g.groups == 1 and channels < 16 and kw > 1 and g.dilation[1] == 1
     run, taps = (channels * kw, kh) if merged else (channels // g.groups, kh * kw)
-    return ConvShape(pixels, filters // g.groups, run, taps, merged, g.groups, quantizers, x_itemsize, itemsize)
+    tensor_cores = dtype != torch.float32 or precision(dtype) == "tf32"
+    sizes = (x_dtype.itemsize, dtype.itemsize)
+    return ConvShape(pixels, filters // g.groups, run, taps, merged, g.groups, quantizers, *sizes, tensor_cores)
 
 
 def constants(
@@ -224,7 +226,7 @@ def forward(
     y = out if out.is_contiguous(memory_format=torch.channels_last) else layout.empty(out.shape, x, out.dtype)
     s = shape(
         x.size(0) * out.size(2) * out.size(3), out.size(1), x.size(1), weight.shape[2:], 1 if sampled else len(steps),
-        x.element_size(), out.element_size(), g,
+        x.dtype, out.dtype, g,
     )  # fmt: skip
     tile = launch_conv.forward(s, device_of(x))
     with guard(x):

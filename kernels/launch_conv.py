@@ -19,6 +19,7 @@ class ConvShape:
     merged      the taps of a kernel row are read as one run, since there are few channels
     quantizers  that each filter uses: M, or 1 if filters are sampled
     x_itemsize, itemsize  bytes of an element of x, and of the operands of the product
+    tensor_cores  whether they multiply: not float32 where PyTorch does not allow TF32
     """
 
     pixels: int
@@ -30,6 +31,7 @@ class ConvShape:
     quantizers: int
     x_itemsize: int
     itemsize: int
+    tensor_cores: bool = True
 
 
 @pinnable
@@ -74,6 +76,8 @@ def _forward(s: ConvShape, device: Device) -> ConvTile:
         return ConvTile(
             min(max(_power(s.pixels), 16), 256), min(max(_power(s.filters), 16), 64), min(max(_power(s.run), 16), 128), 4, 1, 255
         )
+    if not s.tensor_cores:
+        return ConvTile(64, min(_block_n(s.filters), 64), 16, 4, 2, 255)
     n, k = _block_n(s.filters), 16 if s.merged else _block_k(s.run, s.itemsize)
     # the masks and positions of merged taps take many registers
     m = 64 if s.merged or _cdiv(s.pixels, 128) * _cdiv(s.filters, n) * s.groups < device.processors else 128

@@ -261,4 +261,5 @@ def test_launch_parameters(arch: int, itemsize: int, quantizers: int) -> None:
             stages = tile.conv_stages - (arch < 90)
             used = stages * tile.block_k * itemsize * (tile.block_m + quantizers * tile.block_n)
             assert used <= launch_conv.SHARED.get(arch, 101376)
+            assert launch_conv.forward(replace(s, tensor_cores=False), device).block_n <= 64
             assert tile.conv_registers * 32 * tile.conv_warps <= 65536

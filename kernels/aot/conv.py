@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -62,14 +62,15 @@ class Config:
     arch: int = 90
     x_dtype: str = ""
     steps: tuple[float, ...] = STEPS
+    tf32: bool = True
 
 
 def _configs(quick: bool) -> Iterator[Config]:
-    for layer in LAYERS:
-        yield from (Config(layer, sampled=sampled) for sampled in (False, True))
-    yield from (Config(LAYERS[2], "fp32", arch=arch) for arch in (80, 90))
+    yield from map(Config, LAYERS[:5])
+    yield Config(LAYERS[2], sampled=True)
+    yield Config(LAYERS[2], "fp32")
     yield Config(LAYERS[2], arch=80)
-    yield Config(LAYERS[2], "fp16", m=1)
+    yield Config(LAYERS[0], "fp16", m=1)
     if quick:
         return
     for layer in LAYERS:
@@ -82,21 +83,24 @@ def _configs(quick: bool) -> Iterator[Config]:
     yield from (Config(LAYERS[2], x_dtype="fp32", sampled=sampled) for sampled in (False, True))
     yield from (Config(LAYERS[2], steps=(3, 15, -1), sampled=sampled) for sampled in (False, True))
     yield Config(LAYERS[2], steps=(0, 15, 255))
+    yield from (Config(LAYERS[2], "fp32", sampled=sampled, tf32=False) for sampled in (False, True))
 
 
 def _shape(c: Config) -> tuple[ConvShape, ConvTile]:
     layer, g = c.layer, c.layer.geometry
     height, width = g.output_size(layer.size, layer.size, (layer.kernel, layer.kernel))
-    itemsize = DTYPES[c.dtype].itemsize
     s = conv.shape(
         layer.batch * height * width, layer.filters, layer.channels, (layer.kernel, layer.kernel), 1 if c.sampled else c.m,
-        DTYPES[c.x_dtype or c.dtype].itemsize, itemsize, g,
+        DTYPES[c.x_dtype or c.dtype], DTYPES[c.dtype], g,
     )  # fmt: skip
+    s = replace(s, tensor_cores=c.tf32)
     return s, launch_conv.forward(s, Device(PROCESSORS[c.arch], c.arch))
 
 
 def _budget(c: Config, s: ConvShape, tile: ConvTile) -> Budget:
     product = {("fp32", 80): "HMMA.*TF32", ("fp32", 90): "HGMMA.*TF32"}.get((c.dtype, c.arch), "HGMMA" if c.arch == 90 else "HMMA")
+    if not c.tf32:
+        product = "FFMA"
     # the weights' tiles are always wide; x is where its channels are
     loads = r"LDGSTS\S*\.128"
     programs = 2 if tile.conv_registers == 128 else 1
@@ -112,14 +116,14 @@ def _product(c: Config) -> Build:
     function = conv.mixed_conv_fwd_kernel
     constants = {
         **conv.constants(s, tile, steps, (0.0,) * c.m, c.sampled, layer.channels, (layer.kernel, layer.kernel), layer.geometry),
-        "PRECISION": "tf32" if c.dtype == "fp32" else "ieee",
+        "PRECISION": "tf32" if c.dtype == "fp32" and c.tf32 else "ieee",
     }  # fmt: skip
     types = {name: "*fp32" if name.startswith("p_") else "i32" for name in function.arg_names}
     types |= dict.fromkeys(("p_v", "p_outside", "p_y"), f"*{c.dtype}") | {"p_x": f"*{c.x_dtype or c.dtype}"}
     if c.sampled:
         types |= {"p_filter": "*i32", "p_quantizer": "*i32"}
     words = [layer.name, c.dtype, f"M={c.m}", *["sampled"] * c.sampled, *["x fp32"] * bool(c.x_dtype)]
-    words += ["full"] * (-1 in steps) + ["pruned"] * (0 in steps)
+    words += ["no TF32"] * (not c.tf32) + ["full"] * (-1 in steps) + ["pruned"] * (0 in steps)
     return Build(
         "mixed_conv forward", " ".join(words), function, types, constants, _budget(c, s, tile), tile.conv_warps, tile.conv_stages, c.arch,
         options={"maxnreg": tile.conv_registers},
