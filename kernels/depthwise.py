@@ -33,6 +33,7 @@ from .depthwise_tile import (
     span,
     strides,
     tap,
+    zeros,
 )
 from .launch_depthwise import Pair
 
@@ -115,7 +116,6 @@ def depthwise_fwd_kernel(
     PW: tl.constexpr,
     DH: tl.constexpr,
     DW: tl.constexpr,
-    HOLD: tl.constexpr,
     S: tl.constexpr,
     BP: tl.constexpr,
     BC: tl.constexpr,
@@ -130,18 +130,15 @@ def depthwise_fwd_kernel(
     y_sample, y_channel, y_row, y_column = strides(y_sample, y_channel, y_row, y_column, ALIGN, UNIT)
     i_n, i_h, i_w, o_c, m_p, m_c = block(strips, strip_count, strip_columns, channels, BP, BC, EVEN)
     candidates = load_activation(p_offset, p_range, p_p, K, STEPS, ZERO)
-    held = load_taps(p_v, o_c, m_c, channels, M * KH * KW) if HOLD else ()
+    taps = load_taps(p_v, o_c, m_c, channels, M * KH * KW)
     OPEN: tl.constexpr = rows_open(SH, DH, KH)
     o_w = i_w * (S * SW) - PW
     o_h = i_h * rows * SH - PH
     o_y = i_h * rows - (OPEN - 1)
     p_from = p_x + position(i_n, o_h, o_w, o_c, x_sample, x_channel, x_row, x_column)
     p_to = p_y + position(i_n, o_y, i_w * S, o_c, y_sample, y_channel, y_row, y_column)
-    sums = ()
-    for _ in tl.static_range(OPEN * S):
-        sums += (tl.zeros((BP, BC), tl.float32),)
+    sums = zeros(OPEN * S, BP, BC)
     for u in range(rows + OPEN - 1):
-        taps = held if HOLD else load_taps(p_v, o_c, m_c, channels, M * KH * KW)
         for f in tl.static_range(SH):
             m_h = m_p & (o_h + f >= 0) & (o_h + f < height)
             for b in tl.static_range(span(S, SW, DW, KW)):
@@ -153,8 +150,8 @@ def depthwise_fwd_kernel(
                     for j in tl.static_range(OPEN):
                         for s in tl.static_range(S):
                             if tap(j * SH + f, b - s * SW, KH, KW, DH, DW) >= 0:
-                                b_tap = taps[m * KH * KW + tap(j * SH + f, b - s * SW, KH, KW, DH, DW)]
-                                updated += (sums[j * S + s] + b_tap * b_m,)
+                                b_v = taps[m * KH * KW + tap(j * SH + f, b - s * SW, KH, KW, DH, DW)]
+                                updated += (sums[j * S + s] + b_v * b_m,)
                             else:
                                 updated += (sums[j * S + s],)
                     sums = updated
@@ -162,10 +159,7 @@ def depthwise_fwd_kernel(
         for s in tl.static_range(S):
             mask = m_y & (i_w * S + s < out_width) & m_c
             tl.store(p_to + s * y_column, sums[(OPEN - 1) * S + s].to(p_y.dtype.element_ty), mask=mask)
-        shifted = ()
-        for j in tl.static_range(OPEN * S):
-            shifted += (tl.zeros((BP, BC), tl.float32) if j < S else sums[j - S],)
-        sums = shifted
+        sums = zeros(S, BP, BC) + sums[: (OPEN - 1) * S]
         o_h += SH
         o_y += 1
         p_from += SH * x_row

@@ -32,10 +32,12 @@ from .depthwise_tile import (
     first_source,
     last_source,
     load_activation,
+    load_row,
     load_taps,
     partner,
     position,
     strides,
+    zeros,
 )
 from .finish import finish_constants, mix_quantize_bwd_kernel_finish
 from .launch_depthwise import Pair
@@ -51,25 +53,6 @@ def fold(b_v, BP: tl.constexpr, BC: tl.constexpr, VECTOR: tl.constexpr):
 def store_total(p_sums, b_sum, slot):
     """Write the sum of a program's block as partial sum number `slot`; p_sums is [slots, programs]."""
     tl.store(p_sums + slot * tl.num_programs(0) + tl.program_id(0), tl.sum(tl.sum(b_sum, axis=1), axis=0))
-
-
-@triton.jit
-def zeros(COUNT: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr):
-    """COUNT sums [BP, BC]."""
-    sums = ()
-    for _ in tl.static_range(COUNT):
-        sums += (tl.zeros((BP, BC), tl.float32),)
-    return sums
-
-
-@triton.jit
-def load_row(p_z, column, o_w, width, m_h, m_c, COUNT: tl.constexpr):
-    """COUNT neighbouring pixels of a row, zero outside the image."""
-    row = ()
-    for i in tl.static_range(COUNT):
-        mask = m_h & (o_w + i >= 0) & (o_w + i < width) & m_c
-        row += (tl.load(p_z + i * column, mask=mask, other=0.0).to(tl.float32),)
-    return row
 
 
 @triton.jit
@@ -157,7 +140,6 @@ def depthwise_bwd_kernel(
     PW: tl.constexpr,
     DH: tl.constexpr,
     DW: tl.constexpr,
-    HOLD: tl.constexpr,
     S: tl.constexpr,
     BP: tl.constexpr,
     BC: tl.constexpr,
@@ -178,7 +160,7 @@ def depthwise_bwd_kernel(
     d_sample, d_channel, d_row, d_column = strides(d_sample, d_channel, d_row, d_column, ALIGN, UNIT)
     i_n, i_h, i_w, o_c, m_p, m_c = block(strips, strip_count, strip_columns, channels, BP, BC, EVEN)
     candidates = load_activation(p_offset, p_range, p_p, K, STEPS, ZERO)
-    held = load_taps(p_v, o_c, m_c, channels, M * KH * KW) if HOLD else ()
+    taps = load_taps(p_v, o_c, m_c, channels, M * KH * KW)
     TAPS: tl.constexpr = KH * KW
     DEPTH: tl.constexpr = last_source(SH, PH, SH) - first_source(PH, SH, DH, KH) + 1
     BREADTH: tl.constexpr = last_source(S, PW, SW) - first_source(PW, SW, DW, KW) + 1
@@ -203,7 +185,6 @@ def depthwise_bwd_kernel(
     for _ in range(rows):
         m_z = m_p & (o_z >= 0) & (o_z < out_height)
         grads = window + load_row(p_grad, z_column, o_e, out_width, m_z, m_c, BREADTH)
-        taps = held if HOLD else load_taps(p_v, o_c, m_c, channels, M * TAPS)
         for f in tl.static_range(SH):
             for s in tl.static_range(S):
                 mask = m_p & (o_h + f < height) & (o_w + s < width) & m_c

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import dispatch, layout, ops, reference_depthwise
 from .errors import QPruneError
+from .launch_depthwise import MOST_TAPS
 from .reference import IDENTITY
 
 _mix: Any = ops._forward
@@ -107,6 +108,12 @@ class _Weight:
         return found[0].reshape(self.shape), *(t if self.rows > 1 else t.sum(0, keepdim=True) for t in small)
 
 
+def _kernels(x: Tensor, weight: Tensor, groups: Sequence[int]) -> Any:
+    """The module with the kernels, or None for mix_quantize and PyTorch's convolution, also where V has too many taps."""
+    fits = (max(groups) + 1) * weight[0, 0].numel() <= MOST_TAPS
+    return dispatch.select(x, "depthwise") if fits else None
+
+
 def _parts(mixed: Tensor, m: int) -> list[Tensor]:
     return [mixed] if m == 1 else list(mixed.chunk(m, dim=1))
 
@@ -119,7 +126,7 @@ def _forward(  # type: ignore[no-untyped-def]
     if out.numel() == 0:
         return out
     small = [t.reshape(1, -1).contiguous() for t in (a_offset, a_range, a_p)]
-    module = dispatch.select(x, "depthwise")
+    module = _kernels(x, weight, a_groups)
     if module is None:
         m, wide = max(a_groups) + 1, torch.float64 if x.dtype == torch.float64 else torch.float32
         v = _Weight(weight, w_offset, w_range, w_p, w_steps, w_zero, w_groups, w_through).mix(wide)
@@ -141,7 +148,7 @@ def _backward(  # type: ignore[no-untyped-def]
     grad = grad.contiguous(memory_format=layout._memory_format(dx))
     small = [t.reshape(1, -1).contiguous() for t in (a_offset, a_range, a_p)]
     mixing = _Weight(weight, w_offset, w_range, w_p, w_steps, w_zero, w_groups, w_through)
-    module = dispatch.select(x, "depthwise")
+    module = _kernels(x, weight, a_groups)
     if module is None:
         m, wide = max(a_groups) + 1, torch.float64 if x.dtype == torch.float64 else torch.float32
         candidates = (*small, a_steps, a_zero, 1, a_groups, [0] * len(a_steps), None)

@@ -117,11 +117,30 @@ def activation(b_x, mask, candidates, m: tl.constexpr, K: tl.constexpr, STEPS: t
 
 @triton.jit
 def load_taps(p_v, o_c, m_c, channels, COUNT: tl.constexpr):
-    """The taps of V_1 … V_M: COUNT blocks [1, BC]."""
+    """The COUNT = M·KH·KW taps of V: [1, BC] each."""
     taps = ()
     for i in tl.static_range(COUNT):
         taps += (tl.load(p_v + i * channels + o_c, mask=m_c, other=0.0),)
     return taps
+
+
+@triton.jit
+def zeros(COUNT: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr):
+    """COUNT sums [BP, BC]."""
+    sums = ()
+    for _ in tl.static_range(COUNT):
+        sums += (tl.zeros((BP, BC), tl.float32),)
+    return sums
+
+
+@triton.jit
+def load_row(p_z, column, o_w, width, m_h, m_c, COUNT: tl.constexpr):
+    """COUNT neighbouring pixels of a row, zero outside the image."""
+    row = ()
+    for i in tl.static_range(COUNT):
+        mask = m_h & (o_w + i >= 0) & (o_w + i < width) & m_c
+        row += (tl.load(p_z + i * column, mask=mask, other=0.0).to(tl.float32),)
+    return row
 
 
 def candidate_constants(steps: Sequence[float], zero_point: Sequence[float], groups: Sequence[int]) -> dict[str, Any]:

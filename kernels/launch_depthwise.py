@@ -48,14 +48,13 @@ class Shape:
 @dataclass(frozen=True)
 class DepthwiseTile:
     """Columns and rows of a strip (rows of the output, or that many times the stride of the input), strips and channels per program, warps,
-    whether V stays in registers, and taps whose dV one launch sums."""
+    and taps whose dV one launch sums."""
 
     strip_width: int
     strip_rows: int
     block_strips: int
     strip_channels: int
     strip_warps: int
-    strip_hold: int
     strip_taps: int
 
     @property
@@ -117,22 +116,23 @@ def constants(shape: Shape, tile: DepthwiseTile) -> dict[str, Any]:
     return {
         **dict(zip(names, values, strict=True)), "M": shape.groups, "S": tile.strip_width, "BP": tile.block_strips,
         "BC": tile.strip_channels, "EVEN": shape.channels % tile.strip_channels == 0, "ALIGN": shape.align, "UNIT": shape.unit,
-        "HOLD": bool(tile.strip_hold),
     }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class _Option:
-    """Channels and columns of a thread, and whether V stays in registers."""
+    """Neighbouring channels and columns of a thread."""
 
     vector: int
     width: int
-    hold: bool = True
 
 
-_OPTIONS = (_Option(2, 4), _Option(2, 2), _Option(1, 4), _Option(1, 2), _Option(1, 4, False), _Option(1, 2, False), _Option(1, 1, False))
+_OPTIONS = (_Option(2, 4), _Option(1, 4), _Option(1, 2))
 """In order of preference. Two channels of four columns keep about five warps per scheduler; four channels would save instructions for
 addresses, but leave three."""
+
+MOST_TAPS = 50
+"""Taps M·KH·KW that the kernels keep in registers, at most: 3×3 with five groups, 5×5 with two, 7×7 with one."""
 
 
 def _choose(registers: Callable[[_Option], int], limit: int, vector: int, width: int, multiple: int, device: Device) -> _Option:
@@ -145,21 +145,21 @@ def _choose(registers: Callable[[_Option], int], limit: int, vector: int, width:
 
 
 def _tile(shape: Shape, option: _Option, taps: int, inputs: bool, device: Device) -> DepthwiseTile:
-    width, vector, hold = option.width, option.vector, int(option.hold)
+    width, vector = option.width, option.vector
     warps, wanted = 4, 12 * device.processors
     threads = 32 * warps
     columns = launch._cdiv((shape.size if inputs else shape.out_size)[1], width) * shape.batch
     rows = launch._cdiv(shape.size[0], shape.stride[0]) if inputs else shape.out_size[0]
     if device.interpreted:
         channels, block = min(64, launch._power(shape.channels)), min(2048, launch._power(columns))
-        return DepthwiseTile(width, rows, block, channels, warps, hold, taps)
+        return DepthwiseTile(width, rows, block, channels, warps, taps)
     channels = min(launch._fit(shape.channels, 8 * vector, 32), launch._power(shape.channels)) if shape.unit else 1
     block = max(1, min(threads * vector // channels, launch._power(columns * launch._cdiv(rows, 8))))
     if not shape.unit:
         channels = min(threads // block, launch._power(shape.channels))
     others = launch._cdiv(columns, block) * launch._cdiv(shape.channels, channels)
     count = max(1, min(launch._cdiv(wanted, others), launch._cdiv(rows, 8)))
-    return DepthwiseTile(width, launch._cdiv(rows, count), block, channels, warps, hold, taps)
+    return DepthwiseTile(width, launch._cdiv(rows, count), block, channels, warps, taps)
 
 
 def _reach(n: int, stride: int, dilation: int, size: int) -> int:
@@ -171,7 +171,7 @@ def _reach(n: int, stride: int, dilation: int, size: int) -> int:
 def _forward(shape: Shape, device: Device) -> DepthwiseTile:
     def registers(o: _Option) -> int:
         rows = _reach(1, shape.stride[0], shape.dilation[0], shape.kernel[0])
-        return o.vector * (o.hold * shape.groups * shape.taps + rows * o.width)
+        return o.vector * (shape.groups * shape.taps + rows * o.width)
 
     vector = min(shape.align, 2) if shape.unit else 1
     return _tile(shape, _choose(registers, 90, vector, shape.out_size[1], 1, device), 1, False, device)
@@ -179,13 +179,13 @@ def _forward(shape: Shape, device: Device) -> DepthwiseTile:
 
 @functools.lru_cache(maxsize=4096)
 def _backward(shape: Shape, device: Device) -> DepthwiseTile:
-    taps = min(shape.groups * shape.taps, 64)
+    taps = shape.groups * shape.taps if shape.groups * shape.taps <= 45 else 28
 
     def registers(o: _Option) -> int:
         rows, columns = (
             _reach(n, s, d, k) for n, s, d, k in zip((shape.stride[0], o.width), shape.stride, shape.dilation, shape.kernel, strict=True)
         )
-        return o.vector * (o.hold * shape.groups * shape.taps + taps + rows * columns)
+        return o.vector * (shape.groups * shape.taps + taps + rows * columns)
 
     vector = min(shape.align, 2) if shape.unit else 1
     return _tile(shape, _choose(registers, 120, vector, shape.size[1], shape.stride[1], device), taps, True, device)

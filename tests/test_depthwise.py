@@ -218,9 +218,9 @@ def test_definition_is_the_sum_over_all_pairs(case: Case) -> None:
 
 PINS = {
     "3x3": {"strip_width": 4, "strip_rows": 2, "block_strips": 4, "strip_channels": 4},
-    "3x3-contiguous": {"strip_width": 3, "strip_rows": 5, "strip_hold": 0, "strip_channels": 2},
+    "3x3-contiguous": {"strip_width": 3, "strip_rows": 5, "strip_channels": 2},
     "5x5": {"strip_width": 1, "strip_rows": 3, "strip_taps": 10, "strip_warps": 1, "block_strips": 16},
-    "joint": {"strip_rows": 4, "strip_taps": 11, "strip_hold": 0},
+    "joint": {"strip_rows": 4, "strip_taps": 11},
 }
 
 

@@ -15,11 +15,18 @@ _STEPS = (3.0, 15.0, 255.0, 7.0, 63.0)
 
 @dataclass(frozen=True)
 class Config:
-    """One layer: channels, input size, kernel, stride; k activation candidates in `groups` groups; unit: channels_last."""
+    """One layer, and what its kernel may use: registers, and issue slots per element of y or dx.
+
+    k activation candidates in `groups` groups; unit: channels_last. Slots and registers have a margin of about a tenth. A layer of stride 1
+    in bf16 is bound by an H200's memory up to 31 slots in the forward and 47 in the backward pass; quantizing, convolving and summing in
+    passes of their own would move two to three times the bytes.
+    """
 
     kernel: str
     channels: int
     size: int
+    registers: int
+    slots: float | None = None
     window: int = 3
     stride: int = 1
     k: int = 1
@@ -38,28 +45,37 @@ class Config:
 
 
 def _configs(quick: bool) -> Iterator[Config]:
-    for kernel in ("forward", "backward"):
-        yield Config(kernel, 32, 112)
-        yield Config(kernel, 144, 56, stride=2, k=3)
-        yield Config(kernel, 960, 7, k=3, dtype="fp32", offset=True)
-        yield Config(kernel, 240, 28, window=5, k=3)
-        if quick:
-            continue
-        yield Config(kernel, 192, 28, k=3, unit=False)
-        yield Config(kernel, 384, 14, k=3)
-        yield Config(kernel, 384, 14, k=5)
-        yield Config(kernel, 384, 14, k=3, groups=3)
-        yield Config(kernel, 96, 112, stride=2, dtype="fp32")
-        yield Config(kernel, 672, 14, window=5, stride=2, k=3, dtype="fp32")
-        yield Config(kernel, 96, 56, window=7, k=3)
-        yield Config(kernel, 96, 56, window=7, dtype="fp32")
-        yield Config(kernel, 384, 14, k=3, arch=80)
-    yield Config("mix", 960, 7, k=5)
-    yield Config("finish", 960, 7, k=3)
-
-
-def _budget(c: Config) -> Budget:
-    return Budget(255)
+    yield Config("forward", 32, 112, 104, 35)
+    yield Config("forward", 144, 56, 184, 120, stride=2, k=3)
+    yield Config("forward", 960, 7, 112, 49, k=3, dtype="fp32")
+    yield Config("backward", 32, 112, 184, 65)
+    yield Config("backward", 144, 56, 208, 62, stride=2, k=3)
+    yield Config("backward", 960, 7, 192, 89, k=3, dtype="fp32", offset=True)
+    yield Config("mix", 960, 7, 144, k=5)
+    yield Config("finish", 960, 7, 64, k=3)
+    if quick:
+        return
+    yield Config("forward", 384, 14, 112, 51, k=3)
+    yield Config("forward", 384, 14, 112, 63, k=5)
+    yield Config("forward", 384, 14, 112, 51, k=3, arch=80)
+    yield Config("forward", 384, 14, 152, 73, k=3, groups=3)
+    yield Config("forward", 192, 28, 88, 64, k=3, unit=False)
+    yield Config("forward", 96, 112, 152, 69, stride=2, dtype="fp32")
+    yield Config("forward", 240, 28, 184, 79, window=5, k=3)
+    yield Config("forward", 672, 14, 232, 153, window=5, stride=2, k=3, dtype="fp32")
+    yield Config("forward", 96, 56, 176, 141, window=7, k=3)
+    yield Config("backward", 384, 14, 192, 89, k=3)
+    yield Config("backward", 384, 14, 192, 117, k=5)
+    yield Config("backward", 384, 14, 192, 89, k=3, arch=80)
+    yield Config("backward", 384, 14, 192, 151, k=3, groups=3)
+    yield Config("backward", 192, 28, 144, 101, k=3, unit=False)
+    yield Config("backward", 96, 112, 200, 36, stride=2, dtype="fp32")
+    yield Config("backward", 240, 28, 255, 161, window=5, k=3)
+    yield Config("backward", 672, 14, 192, 83, window=5, stride=2, k=3, dtype="fp32")
+    yield Config("backward", 96, 56, 255, 240, window=7, k=3)
+    yield Config("backward", 96, 56, 255, 210, window=7, dtype="fp32")
+    yield Config("backward", 384, 14, 255, 260, k=5, groups=5)
+    yield Config("backward", 96, 56, 255, 240, window=5, k=2, groups=2)
 
 
 def _build(c: Config) -> Build:
@@ -92,7 +108,17 @@ def _build(c: Config) -> Build:
     types = {name: images.get(name, "*fp32" if name.startswith("p_") else "i32") for name in function.arg_names}
     words = [f"{c.channels}x{c.size}", f"{c.window}x{c.window}/{c.stride}", f"K={c.k}", c.dtype, *[f"M={c.groups}"] * (c.groups > 1)]
     words += [*["contiguous"] * (not c.unit), *["d_offset"] * c.offset]
-    return Build(f"depthwise {c.kernel}", " ".join(words), function, types, constants, _budget(c), warps, arch=c.arch, itemsize=itemsize)
+    return Build(
+        f"depthwise {c.kernel}",
+        " ".join(words),
+        function,
+        types,
+        constants,
+        Budget(c.registers, c.slots, shared=4096),
+        warps,
+        arch=c.arch,
+        itemsize=itemsize,
+    )
 
 
 def builds(quick: bool) -> Iterator[Build]:
