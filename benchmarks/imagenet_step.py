@@ -12,6 +12,7 @@ step of qprune.Search as a CUDA graph, gates and budget included).
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import sys
 import time
@@ -157,14 +158,17 @@ def measure(form: str, implementation: str, setup: Setup) -> dict[str, Any]:
     """Milliseconds and peak memory of one implementation, as a row."""
     row = _row(form, implementation, setup)
     gpu = setup.device == "cuda"
+    before = 0
     try:
         if gpu:
+            gc.collect()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
         step = build(form, implementation, setup)
         for _ in range(2):
             step()
-        peak = int(torch.cuda.max_memory_allocated()) if gpu else None
+        peak = int(torch.cuda.max_memory_allocated()) - before if gpu else None
         seconds = alternate({implementation: step}, setup.rounds, setup.device, least=0.0).rounds[implementation]
     except torch.cuda.OutOfMemoryError:
         return {**row, "skipped": "out of memory", "values": {}}

@@ -17,6 +17,7 @@ from .rows import Row
 BASELINES = ("float", "eager", "branches", "layers", "compile", "cudnn", "reference")
 COLUMNS = ("case", "qprune", "20 to 80 %", "GB/s", "of copy", "TFLOP/s", "of matmul", "memory", *BASELINES, "target", "met")
 MEASURED = ("20 to 80 %", "GB/s", "of copy", "TFLOP/s", "of matmul", "memory")
+PAIRS = (("qprune", "20 to 80 %"), ("GB/s", "of copy"), ("TFLOP/s", "of matmul"), ("memory",))
 LEFT = ("case", "target", "met")
 NOTE = (
     "Baselines: qprune's value divided by theirs, below 1 is better. float: the plain network; eager: quantizers and their mixture in "
@@ -39,7 +40,9 @@ def _size(size: int) -> str:
 
 
 def _target(row: Row) -> str:
-    return ", ".join(f"{'' if name == 'value' else name + ' '}≤ {number(bound)}" for name, bound in row.target.items())
+    return ", ".join(
+        f"{'' if name == 'value' else name + ' '}≤ {number(bound)}" for name, bound in row.target.items() if name in ("value", *row.ratios)
+    )
 
 
 def _share(rate: float, rates: Mapping[str, Any] | None, of: str) -> str:
@@ -83,23 +86,22 @@ def _title(machine: Mapping[str, Any]) -> str:
 
 
 def rich_tables(rows: Sequence[Row], machine: Mapping[str, Any]) -> list[Table]:
-    """What qprune takes, and how that compares: two tables where one would be too wide for a terminal."""
+    """What qprune takes, and how that compares: two tables, with pairs of columns above each other, so that they fit a terminal."""
     columns, lines, note = _lines(rows, machine)
+    found = [dict(zip(columns, line, strict=True)) for line in lines]
     wide = [name for name in columns if name in MEASURED]
-    parts = [columns] if not wide else [["case", "qprune", *wide], [name for name in columns if name not in wide]]
+    first: list[tuple[str, ...]] = [("case",), *(tuple(n for n in pair if n in columns) for pair in PAIRS if pair[0] in columns)]
+    second: list[tuple[str, ...]] = [(name,) for name in columns if name not in wide]
     tables = []
-    for part in parts:
-        last = part is parts[-1]
-        title = _title(machine) if part is parts[0] else "qprune's value divided by the baseline's"
+    for part in [first, second] if wide else [second]:
+        last = part is second
+        title = "qprune's value divided by the baseline's" if last and wide else _title(machine)
         table = Table(title=title, caption=note if last else None, title_justify="left", caption_justify="left")
-        for name in part:
-            left = name in LEFT
-            table.add_column(
-                name, justify="left" if left else "right", overflow="fold", no_wrap=not left, min_width=24 if name == "case" else None
-            )
-        for line in lines:
-            found = dict(zip(columns, line, strict=True))
-            table.add_row(*(found[name] for name in part))
+        for names in part:
+            left = names[0] in LEFT
+            table.add_column("\n".join(names), justify="left" if left else "right", overflow="fold", no_wrap=not left)
+        for row in found:
+            table.add_row(*("\n".join(row[name] for name in names) for names in part))
         tables.append(table)
     return tables
 
