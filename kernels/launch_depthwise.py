@@ -138,7 +138,7 @@ MOST_TAPS = 50
 def _choose(registers: Callable[[_Option], int], limit: int, vector: int, width: int, multiple: int, device: Device) -> _Option:
     """The first option whose values fit the registers and whose columns waste at most a quarter of the image."""
     if device.interpreted:
-        return _Option(1, multiple)
+        return _Option(1, 2 * multiple)
     options = [replace(o, vector=min(o.vector, vector), width=launch._cdiv(o.width, multiple) * multiple) for o in _OPTIONS]
     fitting = [o for o in options if registers(o) <= limit] or options[-1:]
     return next((o for o in fitting if 4 * launch._cdiv(width, o.width) * o.width <= 5 * width), fitting[-1])
