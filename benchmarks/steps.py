@@ -92,7 +92,8 @@ def plain(name: str = "resnet18", batch: int = 256, gpu: Gpu = H200) -> float:
 
 def search(form: str, name: str = "resnet18", batch: int = 256, gpu: Gpu = H200) -> float:
     """Seconds of a search step: "shared", "sampled" or "joint", each convolution by its faster route; "branches" is the eager sum of a
-    convolution for every pair."""
+    convolution for every pair. "sampled" gates are straight-through: they need the weight's gradient for every activation quantizer, not
+    only for the one that was drawn, as "sampled, chosen only" has it."""
     first, others = _layers(name, batch)
     total = sum(predict.library(first, gpu, first=True)) + predict.seconds(_around(name, batch), gpu)
     if form == "branches":
@@ -107,8 +108,8 @@ def _mixed(form: str, shape: ConvShape, gpu: Gpu) -> Route:
     if form == "shared":
         return predict.shared(shape, A_BITS, gpu)
     routes = [predict.joint_library(shape, A_BITS, gpu), predict.joint_fused(shape, A_BITS, gpu)]
-    if form == "sampled":
-        routes[1] = predict.sampled(shape, A_BITS, gpu)
+    if form.startswith("sampled"):
+        routes[1] = predict.sampled(shape, A_BITS, gpu, all_groups=form == "sampled")
     return min(routes, key=lambda route: route.both)
 
 

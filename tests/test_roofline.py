@@ -157,3 +157,9 @@ def test_report_without_a_gpu_claims_nothing(tmp_path: Path, capsys: pytest.Capt
         assert len(lines) == len(TARGETS) and all(line.endswith("| not measured | not measured |") for line in lines)
     assert report.main([str(tmp_path / "nowhere.json")]) == 2
     assert capsys.readouterr().err.startswith("report: results: expected a JSON file")
+
+
+def test_readme_has_the_predictions_of_the_model() -> None:
+    """Where this fails the model changed: put what `python -m benchmarks.report` prints into benchmarks/README.md."""
+    readme = Path(shapes.__file__).with_name("README.md").read_text(encoding="utf-8")
+    assert report.targets(None) in readme
