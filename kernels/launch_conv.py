@@ -86,7 +86,7 @@ def _forward(s: ConvShape, device: Device) -> ConvTile:
         n //= 2
     stages = next((count for count in (4, 3) if 2 * _shared(s, m, n, k, count, device.arch) <= limit), 2)
     warps = 8 if m == 128 and n >= 64 else 4
-    capped = warps == 8 and device.arch >= 90 and s.x_itemsize == s.itemsize and s.quantizers * s.itemsize < 16
+    capped = warps == 8 and device.arch >= 90 and s.x_itemsize == s.itemsize and s.quantizers <= 3
     return ConvTile(m, n, k, warps, stages, 128 if capped else 255)
 
 

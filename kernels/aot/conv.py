@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +12,7 @@ from .. import conv, conv_pack, launch_conv
 from ..launch import Device
 from ..launch_conv import ConvShape, ConvTile
 from ..reference_conv import Geometry
+from . import conv_grad
 from .build import PROCESSORS, SHARED_LIMIT, Budget, Build
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -79,7 +78,7 @@ def _configs(quick: bool) -> Iterator[Config]:
             yield from (Config(layer, dtype, 3, True, arch) for dtype in DTYPES)
     for layer in OTHERS:
         yield from (Config(layer, sampled=sampled) for sampled in (False, True))
-    yield from (Config(LAYERS[2], dtype, 5, arch=arch) for dtype in DTYPES for arch in (80, 90))
+    yield from (Config(LAYERS[2], dtype, m, arch=arch) for dtype in DTYPES for m in (2, 4, 5) for arch in (80, 90))
     yield from (Config(LAYERS[2], x_dtype="fp32", sampled=sampled) for sampled in (False, True))
     yield from (Config(LAYERS[2], steps=(3, 15, -1), sampled=sampled) for sampled in (False, True))
     yield Config(LAYERS[2], steps=(0, 15, 255))
@@ -154,5 +153,4 @@ def builds(quick: bool) -> Iterator[Build]:
     for layer, arch in ((LAYERS[0], 90), (LAYERS[4], 90), (LAYERS[3], 80)):
         yield from _packing(Config(layer, arch=arch))
     yield from _packing(Config(LAYERS[3], sampled=True))
-    if importlib.util.find_spec(f"{__package__}.conv_grad"):
-        yield from importlib.import_module(f"{__package__}.conv_grad").builds(quick)
+    yield from conv_grad.builds(quick)
