@@ -1,9 +1,11 @@
-"""Which route a mixed convolution takes: decided by shape, from a table, unless it is forced.
+"""Which route a mixed convolution takes: decided by shape, unless it is forced.
 
     "library"   quantized inputs are written side by side, one library convolution consumes them
     "fused"     one kernel quantizes while it convolves
 
-The table is a prediction from bytes, flops and issue slots (`python -m benchmarks.roofline --routes`), not yet a measurement.
+Where a shape was measured the faster route is taken. Elsewhere a bound on taps x output channels decides: the library route moves about ten
+bytes more for each quantized number, the fused one spends about 0.4 of 6 · taps · outputs flops more on it, at a lower rate of the matrix
+units. `python -m benchmarks.roofline --routes` prints what the full model predicts, `python -m benchmarks.report --routes` what was measured.
 """
 
 from __future__ import annotations
@@ -17,6 +19,11 @@ from . import dispatch
 from .errors import InputError
 
 ROUTES = ("library", "fused")
+BOUND = 448
+"""Largest taps x output channels for which the fused route is expected to win: a prediction for an H200, not a measurement."""
+MEASURED: dict[tuple[int, int, int, int], str] = {}
+"""(taps, input and output channels per group, quantizers) → the faster route on a GPU. None has been measured yet."""
+
 _forced: str | None = None
 
 
@@ -57,9 +64,12 @@ class forced:
 
 def by_table(shape: Shape) -> str:
     """The faster route on a GPU, as far as is known."""
+    if shape.quantizers == 1:
+        return "library"
     if shape.sampled:
-        return "fused" if shape.quantizers > 1 else "library"
-    return "fused" if shape.taps == 1 and shape.quantizers > 1 else "library"
+        return "fused"
+    key = (shape.taps, shape.inputs, shape.outputs, shape.quantizers)
+    return MEASURED.get(key) or ("fused" if shape.taps * shape.outputs <= BOUND else "library")
 
 
 def joint(shape: Shape, x: Tensor) -> str:

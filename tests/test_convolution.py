@@ -111,12 +111,20 @@ def test_other_padding_takes_the_library() -> None:
     _assert_same(layer, _input())
 
 
+def test_a_measured_shape_goes_the_faster_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(routes.MEASURED, (9, 64, 64, 3), "fused")
+    assert routes.by_table(routes.Shape(9, 64, 64, 3)) == "fused"
+    assert routes.by_table(routes.Shape(9, 64, 64, 2)) == "library"
+
+
 def test_routes() -> None:
     x = torch.zeros(1)
     assert routes.joint(routes.Shape(1, 64, 256, 3), x) == "library"  # no fused kernel on a CPU
     assert not routes.depthwise(x)
     assert routes.by_table(routes.Shape(1, 64, 256, 3)) == "fused"
-    assert routes.by_table(routes.Shape(9, 64, 64, 1)) == "library"
+    assert routes.by_table(routes.Shape(1, 256, 1024, 3)) == "library"
+    assert routes.by_table(routes.Shape(9, 64, 64, 3)) == "library"
+    assert routes.by_table(routes.Shape(1, 64, 256, 1)) == "library"
     assert routes.by_table(routes.Shape(9, 64, 64, 3, sampled=True)) == "fused"
     with routes.forced("fused"), routes.forced(None):
         assert routes.joint(routes.Shape(1, 64, 256, 3), x) == "library"
