@@ -5,7 +5,8 @@
 
 Where a shape was measured the faster route is taken. Elsewhere a bound on taps x output channels decides: the library route moves about ten
 bytes more for each quantized number, the fused one spends about 0.4 of 6 · taps · outputs flops more on it, at a lower rate of the matrix
-units. `python -m benchmarks.roofline --routes` prints what the full model predicts, `python -m benchmarks.report --routes` what was measured.
+units. The bound agrees with the full model (`python -m benchmarks.roofline --routes`) on 122 of 135 shapes and numbers of quantizers of
+ResNet-18, ResNet-50 and MobileNetV2; `python -m benchmarks.report --routes` prints what was measured.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def check(route: str | None) -> None:
 
 
 class forced:
-    """Send every joint or depthwise convolution one way, whatever its shape: `with forced("library"): …`; None gives the choice back to the table."""
+    """Send every joint or depthwise convolution one way: `with forced("library"): …`; None gives the choice back to the table."""
 
     def __init__(self, route: str | None) -> None:
         global _forced
