@@ -79,6 +79,15 @@ def filter_table(choice: Tensor, groups: int, m: int, block: int) -> FilterTable
     return table
 
 
+@triton.jit
+def to_operand(b_v, dtype, TF32: tl.constexpr):
+    """A float32 block as the product reads it. Tensor cores cut float32 off after 10 bits of mantissa: with TF32 it is rounded before."""
+    if TF32:
+        rounded = ((b_v.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        b_v = tl.where(b_v == b_v, rounded, b_v)
+    return b_v.to(dtype)
+
+
 @triton.jit(do_not_specialize=["filters"])
 def pack_kernel(
     p_w,  # [groups · filters, M · channels, TAPS · WIDTH] any float type, strides w_f, w_c, w_t
@@ -98,6 +107,7 @@ def pack_kernel(
     STEPS: tl.constexpr,
     ZERO: tl.constexpr,
     SAMPLED: tl.constexpr,
+    TF32: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCKS: tl.constexpr,
     BN: tl.constexpr,
@@ -141,7 +151,7 @@ def pack_kernel(
                     b_w *= tl.div_rn(step[m], largest(step, M))
                     b_center = center[m]
                     b_zero = zero_code(shift[m], STEPS[m])
-                b_v = b_w.to(p_v.dtype.element_ty)
+                b_v = to_operand(b_w, p_v.dtype.element_ty, TF32)
                 tl.store(p_v + (block * (1 if SAMPLED else M) + m) * (BN * BK), b_v)
                 b_here = b_v.to(tl.float32)
                 if WIDTH > 1:
@@ -151,7 +161,7 @@ def pack_kernel(
         at = ((i_t * taps + tap) * WIDTH + column) * BN + o_n
         b_centers = tl.sum(b_centers, axis=1)
         tl.store(p_center + at, b_centers)
-        tl.store(p_outside + at, (-b_centers - tl.sum(b_zeros, axis=1)).to(p_outside.dtype.element_ty))
+        tl.store(p_outside + at, to_operand(-b_centers - tl.sum(b_zeros, axis=1), p_outside.dtype.element_ty, TF32))
 
 
 def pack_constants(
@@ -159,8 +169,9 @@ def pack_constants(
 ) -> dict[str, Any]:
     """The compile-time arguments of `pack_kernel` for kernels of `taps` elements."""
     return {
-        "M": len(steps), "STEPS": tuple(steps), "ZERO": tuple(zero_point), "SAMPLED": sampled, "WIDTH": taps // s.taps,
-        "BLOCKS": triton.cdiv(s.run, tile.block_k), "BN": tile.block_n, "BK": tile.block_k,
+        "M": len(steps), "STEPS": tuple(steps), "ZERO": tuple(zero_point), "SAMPLED": sampled,
+        "TF32": s.itemsize == 4 and s.tensor_cores, "WIDTH": taps // s.taps, "BLOCKS": triton.cdiv(s.run, tile.block_k),
+        "BN": tile.block_n, "BK": tile.block_k,
     }  # fmt: skip
 
 

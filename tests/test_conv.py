@@ -235,6 +235,30 @@ def test_autocast() -> None:
     check(p, got, run(p, "reference", double=True))
 
 
+def test_weights_are_rounded_to_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What tensor cores would cut off of a weight is not there, also in what is added for centers and taken off for borders."""
+    monkeypatch.setattr(conv, "precision", lambda dtype: "tf32")
+    packed: list[Tensor] = []
+    original = conv_pack.pack
+
+    def pack(*args: object) -> tuple[Tensor, ...]:
+        packed[:] = original(*args)  # type: ignore[arg-type]
+        return tuple(packed)
+
+    monkeypatch.setattr(conv, "pack", pack)
+    p = problem(_case("learned-offset"))
+    p.weight[0, 0, 0, 0] = math.nan
+    got = run(p, "triton")
+    for operand in packed[:2]:
+        assert not (operand.view(torch.int32) & 0x1FFF)[~operand.isnan()].any()
+    assert got[:, 0].isnan().all()
+    assert not got[:, 1:].isnan().any()
+    p.weight[0, 0, 0, 0] = 0.0
+    size, slack = bounds(p, p.weight)
+    assert ((run(p, "triton") - run(p, "reference", double=True)).abs() <= 2.0**-10 * size + slack).all()
+    assert (got - run(p, "reference")).abs()[:, 1:].max() > 1e-4
+
+
 def test_the_precision_of_products_follows_pytorch() -> None:
     before = torch.backends.cudnn.conv.fp32_precision
     try:
