@@ -1,7 +1,7 @@
 """What the kernels of the mixed convolution share: quantizers as scalars, a quantized tile as integer codes, and the matrix product.
 
-A quantizer's output is A(x) = β + (q − z)·d = d·(q + center) with center = β/d − z. The products run on tiles of q + center: for a signed
-or unsigned grid these are integers (or halves) of at most 8 bits, exact in every dtype of the tensor cores, and d goes into the weight.
+A quantizer's output is A(x) = β + (q − z)·d = d·(q + center) with center = β/d − z. The products run on tiles of q, or of q + center where a
+signed or unsigned grid makes that an integer or a half: at most 8 bits, exact in every dtype of the tensor cores. d goes into the weight.
 """
 
 # The arguments of a @triton.jit function have no Python types.
@@ -89,15 +89,6 @@ def zero_code(shift, n):
 
 
 @triton.jit
-def border(mask, shift, center, n):
-    """What to add to the codes of a tile: center where the mask is on, minus the code of 0 elsewhere, where the tile was loaded as 0.
-
-    The mask has one row or one column of the tile: this costs less than masking the tile.
-    """
-    return tl.where(mask, center, -zero_code(shift, n))
-
-
-@triton.jit
 def codes(b_x, inverse, shift, n):
     """q of a float32 tile. n: the steps, a number, a scalar or a block."""
     return (tl.clamp(b_x * inverse + shift, 0.0, 1.0) * n + MAGIC) - MAGIC
@@ -105,7 +96,7 @@ def codes(b_x, inverse, shift, n):
 
 @triton.jit
 def code_tile(b_x, b_center, inverse, shift, n, NAN: tl.constexpr):
-    """q + center of a float32 tile that is 0 where its mask is off; b_center from `border`. n: the steps, a number or a scalar.
+    """q + center of a float32 tile. n: the steps, a number, a scalar or a block.
 
     With NAN a NaN of x stays one. It reaches every sum that it takes part in, so one of several quantizers of a tile is enough.
     """

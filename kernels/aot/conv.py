@@ -124,7 +124,7 @@ def _product(c: Config) -> Build:
     words = [layer.name, c.dtype, f"M={c.m}", *["sampled"] * c.sampled, *["x fp32"] * bool(c.x_dtype)]
     words += ["no TF32"] * (not c.tf32) + ["full"] * (-1 in steps) + ["pruned"] * (0 in steps)
     return Build(
-        "mixed_conv forward", " ".join(words), function, types, constants, _budget(c, s, tile), tile.conv_warps, tile.conv_stages, c.arch,
+        "mixed_conv2d forward", " ".join(words), function, types, constants, _budget(c, s, tile), tile.conv_warps, tile.conv_stages, c.arch,
         options={"maxnreg": tile.conv_registers},
     )  # fmt: skip
 
@@ -140,12 +140,12 @@ def _packing(c: Config) -> Iterator[Build]:
     constants: dict[str, Any] = {**conv_pack.pack_constants(s, tile, c.steps[: c.m], (0.0,) * c.m, c.sampled, c.layer.kernel**2), "w_c": 1}
     budget = Budget(192, None, 8192, (r"STG\S*\.128", *[r"LDG\S*\.128"] * (c.layer.channels % 16 == 0)))
     sizes = ("channels", "w_f", "w_t") if c.layer.channels % 16 == 0 else ()
-    yield Build("mixed_conv weights", name, function, types, constants, budget, conv_pack.pack_warps(tile), 3, c.arch, sizes)
+    yield Build("mixed_conv2d weights", name, function, types, constants, budget, conv_pack.pack_warps(tile), 3, c.arch, sizes)
     if c.sampled:
         function = conv_pack.filter_table_kernel
         types = {"p_choice": "*i64", "p_filter": "*i32", "p_quantizer": "*i32", "filters": "i32", "tiles": "i32"}
         constants = dict(conv_pack.table_constants(s.filters, c.m, tile.block_n))
-        yield Build("mixed_conv filter table", name, function, types, constants, Budget(128, shared=8192), 4, 3, c.arch)
+        yield Build("mixed_conv2d filter table", name, function, types, constants, Budget(128, shared=8192), 4, 3, c.arch)
 
 
 def builds(quick: bool) -> Iterator[Build]:
