@@ -1,7 +1,7 @@
 """What the kernels of the mixed convolution share: quantizers as scalars, a quantized tile as integer codes, and the matrix product.
 
-A quantizer's output is A(x) = β + (q − z)·d = d·(q + center) with center = β/d − z. The products run on tiles of q, or of q + center where a
-signed or unsigned grid makes that an integer or a half: at most 8 bits, exact in every dtype of the tensor cores. d goes into the weight.
+A quantizer's output is A(x) = β + (q − z)·d = d·(q + center) with center = β/d − z. The products run on tiles of q, or of q + center, which
+a signed or unsigned grid makes an integer or a half: at most 8 bits, exact in every dtype of the tensor cores. d goes into the weight.
 """
 
 # The arguments of a @triton.jit function have no Python types.
