@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from qprune import kernels
 from qprune.kernels import IDENTITY, ConvGeometry, routes
 from qprune.quantizers import Candidates
+from qprune.recompute import recomputing_conv2d
 
 
 def window_of(conv: nn.Conv2d) -> ConvGeometry | None:
@@ -36,6 +37,18 @@ def split_for_groups(separate: Tensor, m: int, groups: int) -> Tensor:
     return separate.unflatten(1, (m, groups, -1)).transpose(1, 2).flatten(1, 3)
 
 
+def library_conv2d(x: Tensor, weight: Tensor, a: Candidates, bias: Tensor | None, window: ConvGeometry, recompute: bool = False) -> Tensor:
+    """The mixed input, or the M of them side by side, in one library convolution with weight [F, M·C/groups, kh, kw].
+
+    recompute  keep x for the backward pass and mix it again there, instead of keeping the mixed input
+    """
+    m = max(a.groups) + 1
+    if recompute and torch.is_grad_enabled() and (m == 1 or window.groups == 1):
+        return recomputing_conv2d(x, weight, a, bias, window)
+    mixed = split_for_groups(a.mix(x, axis=1), m, window.groups)
+    return F.conv2d(mixed, weight, bias, window.stride, window.padding, window.dilation, window.groups)
+
+
 def joint_conv2d(
     x: Tensor,
     weight: Tensor,
@@ -45,6 +58,7 @@ def joint_conv2d(
     choice: Tensor | None,
     all_groups: bool,
     route: str | None = None,
+    recompute: bool = False,
 ) -> Tensor:
     """Σ_m conv(A_m(x), V_m) + bias, [N, F, OH, OW].
 
@@ -52,6 +66,7 @@ def joint_conv2d(
     a          the M activation quantizers, one group each
     choice     [F] int64 if every filter has one quantizer only; all_groups: whether its weight needs a gradient in the others too
     route      "library", "fused", or None: what kernels.routes says
+    recompute  on the library route, as for `library_conv2d`
     """
     m, taps = len(a.steps), weight.size(2) * weight.size(3)
     shape = routes.Shape(taps, x.size(1) // window.groups, weight.size(0) // window.groups, m, choice is not None)
@@ -61,8 +76,7 @@ def joint_conv2d(
             window.stride, window.padding, window.dilation, window.groups,
         )  # fmt: skip
         return y if bias is None else y + bias.to(y.dtype).view(-1, 1, 1)
-    separate = split_for_groups(a.mix(x, axis=1), m, window.groups)
-    return F.conv2d(separate, weight, bias, window.stride, window.padding, window.dilation, window.groups)
+    return library_conv2d(x, weight, a, bias, window, recompute)
 
 
 def mixed_already(weight: Tensor) -> Candidates:

@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qprune.convolution import depthwise_conv2d, joint_conv2d, mixed_already, split_for_groups, window_of
+from qprune.convolution import depthwise_conv2d, joint_conv2d, library_conv2d, mixed_already, split_for_groups, window_of
 from qprune.errors import SpaceError
 from qprune.gates import make_gate
 from qprune.kernels import ConvGeometry, routes
@@ -26,7 +26,8 @@ class MixedConv2d(Mixing, nn.Conv2d):
 
         y[:, f] = Σ_{w,a} p[f, w, a] · conv(A_a(x), Q_w(W[f])) + bias[f]
 
-    evaluated as one convolution. Starting ranges of the input come from `qprune.calibrate`, or from the first batch in training mode.
+    evaluated as one convolution. Starting ranges of the input come from `qprune.calibrate`, or from the first batch in training mode. With
+    `layer.recompute = True` the mixed input is made again in the backward pass instead of being kept.
     """
 
     def __init__(self, *args: Any, space: SearchSpace | None = None, **options: Any) -> None:
@@ -49,14 +50,15 @@ class MixedConv2d(Mixing, nn.Conv2d):
         if window is not None and depthwise and routes.depthwise(x):
             return self._depthwise(x, window)
         ready = self.prepared()
-        if window is None or not self.space.joint:
-            mixed = self.mixed_input(x, ready)
+        if window is None or self.space.a_bits == (FLOAT,):
             m = len(self.space.a_bits) if self.space.joint else 1
-            return self._conv_forward(split_for_groups(mixed, m, self.groups), ready.weight, self.bias)
-        a = self.input_quantizer.candidates(x, None, ready.input_range)
+            return self._conv_forward(split_for_groups(self.mixed_input(x, ready), m, self.groups), ready.weight, self.bias)
+        a = self.input_quantizer.candidates(x, ready.input_p, ready.input_range)
+        if not self.space.joint:
+            return library_conv2d(x, ready.weight, a, self.bias, window, self.recompute)
         mode = self.weight_gate.mode
         choice = None if mode == "relaxed" else self.quantizer_of_pair[ready.p.argmax(-1)].expand(self.out_channels)
-        return joint_conv2d(x, ready.weight, a, self.bias, window, choice, all_groups=mode != "fixed")
+        return joint_conv2d(x, ready.weight, a, self.bias, window, choice, mode != "fixed", recompute=self.recompute)
 
     def _depthwise(self, x: Tensor, window: ConvGeometry) -> Tensor:
         ready = self.ready

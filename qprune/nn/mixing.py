@@ -67,11 +67,13 @@ class Mixing(QuantizedLayer):
     weight_gate, input_gate   p over w_bits ([K] or [F, K]) and over a_bits ([K]); with joint candidates weight_gate is over pairs and
                               input_gate is None
     weight_quantizer, input_quantizer
+    recompute                 whether a convolution mixes its input again in the backward pass instead of keeping the mixed input
     ready                     set while `Premix` mixes the weights of the whole network at once
     """
 
     quantizer_of_pair: Tensor
     ready: Ready | None = None
+    recompute = False
 
     def setup_mixing(self, space: SearchSpace) -> None:
         """Add gates and quantizers for `space` to a layer whose weight exists."""

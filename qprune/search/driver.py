@@ -14,6 +14,7 @@ from qprune.cost import geometry_of, model_choices
 from qprune.errors import InputError, QPruneError
 from qprune.gates import gates, set_gates
 from qprune.geometry import ExampleInputs
+from qprune.nn.mixing import Mixing
 from qprune.policy import Policy
 from qprune.prepare import fixed_layers
 from qprune.record import Record, attach, record_of, unwrap
@@ -46,6 +47,8 @@ class Search:
     dual_rate, rho  of the budget's Lagrangian (see qprune.search.constraint)
     convention      how bit operations are counted (see qprune.cost)
     example_inputs  for a model that was not prepared with them
+    recompute       mix the inputs of convolutions again in the backward pass instead of keeping them: the activation memory of the plain
+                    network, for one more pass over every input
     cuda_graph      record the whole step as a CUDA graph and replay it: one launch, no waiting for the device within a step. Batches must
                     be passed to `step` (as `fit` does), and a loss that is not finite is reported by the next step, parameters unchanged
     method_options  of the method, such as second_order=True for "darts"
@@ -72,6 +75,7 @@ class Search:
         convention: str = "product",
         example_inputs: ExampleInputs | None = None,
         cuda_graph: bool = False,
+        recompute: bool = False,
         **method_options: Any,
     ) -> None:
         if method not in METHODS:
@@ -86,6 +90,10 @@ class Search:
         self.model, self.budget, self.convention = model, budget, convention
         self.limits = budget.limits(geometry, record.fixed, convention)
         check_feasible(model, budget, convention)
+        if recompute:
+            for layer in unwrap(model).modules():
+                if isinstance(layer, Mixing):
+                    layer.recompute = True
         device = next(model.parameters()).device
         recorder = Recorder(device) if cuda_graph else None
         constraint = Constraint(self.limits, dual_rate, rho, device=device)
