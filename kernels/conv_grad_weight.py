@@ -146,10 +146,13 @@ def mixed_conv_dw_kernel(
                 added += (acc[m],)
             else:
                 if SAMPLED:
-                    b_a = code_tile(b_x, b_center, b_inverse, b_shift, n, True)
+                    b_a = code_tile(b_x, b_center, b_inverse, b_shift, n, False)
                     b_a = tl.where(n == FULL, b_x, b_a)
                 else:
-                    b_a = b_x if STEPS[m] == FULL else code_tile(b_x, center[m], inverse[m], shift[m], STEPS[m], m == FIRST)
+                    b_a = b_x if STEPS[m] == FULL else code_tile(b_x, center[m], inverse[m], shift[m], STEPS[m], False)
+                if SAMPLED or m == FIRST:
+                    # not a choice between codes and x, which is made after the conversion to 16 bits, without packed instructions
+                    b_a += tl.where(b_x == b_x, 0.0, b_x)
                 if MERGED:
                     b_a = tl.where(m_x, b_a, 0.0)
                 added += (dot(b_a.to(b_g.dtype), b_g, acc[m], PRECISION),)

@@ -75,10 +75,10 @@ class WeightTile:
     dw_stages: int
 
 
-def _stages(stage: int, device: Device) -> int:
-    """Stages of `stage` bytes each, such that two blocks share a multiprocessor if at least two stages of each fit."""
+def _stages(stage: int, blocks: int, device: Device) -> int:
+    """Stages of `stage` bytes each, up to 4, such that so many blocks share a multiprocessor, or fewer where two stages need it."""
     limit = SHARED.get(device.arch, 101376)
-    return next((n for n in (4, 3, 2) if 2 * n * stage <= limit), next((n for n in (3, 2) if n * stage <= limit), 1))
+    return next((n for each in range(blocks, 0, -1) for n in (4, 3, 2) if each * n * stage <= limit), 1)
 
 
 def _block(n: int, most: int) -> int:
@@ -99,16 +99,20 @@ def _input(s: InputShape, device: Device) -> InputTile:
     if device.interpreted:
         # an operation costs the same for 1 and for 10 000 elements there, so few and large programs
         return InputTile(_block(s.pixels, 256), _block(s.channels, 128), _block(s.filters, 64), 4, 1)
-    k = 16 if s.filters <= 16 else 32
     # tiles of float32 that are held at a time: products and dx, and x after the products
     products, half = 1 if s.sampled else s.quantizers, max(s.x_itemsize, s.itemsize) < 4
     held = 3 if s.sampled else s.quantizers + 1
     n = _columns(s.channels, held, 256 if half else 128)
+    # more filters in a step are fewer steps, but more padding where they are sorted, and more registers where products read those
+    wide = device.arch == 90 and half and s.filters % 64 == 0 and not s.sampled
+    k = 64 if wide else 32 if s.filters > 16 else 16
     m = 128
     while m > 64 and _cdiv(s.pixels, m) * _cdiv(s.channels, n) * s.groups * s.classes < device.processors:
         m //= 2
     stage = k * s.itemsize * (m + products * n)
-    return InputTile(m, n, k, 8 if m * n * held >= (128 * 128 if half else 64 * 128) else 4, _stages(stage, device))
+    warps = 8 if m == 128 and n * held >= (128 if half else 64) else 4
+    # with four such tiles or more, registers leave no room for a second block
+    return InputTile(m, n, k, warps, _stages(stage, 1 if held > 3 else 2, device))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -121,7 +125,7 @@ def _weight(s: WeightShape, device: Device) -> WeightTile:
     tiles = _cdiv(s.run, m) * s.taps * _cdiv(s.filters, n) * s.groups
     splits = max(1, min(2 * device.processors // tiles, _cdiv(s.pixels, 8 * k)))
     stage = k * (m * s.x_itemsize + n * s.itemsize)
-    return WeightTile(m, n, k, splits, 8 if m * n * s.quantizers >= 128 * 128 else 4, _stages(stage, device))
+    return WeightTile(m, n, k, splits, 8 if m * n * s.quantizers >= 128 * 128 else 4, _stages(stage, 2, device))
 
 
 def input_tile(s: InputShape, device: Device) -> InputTile:

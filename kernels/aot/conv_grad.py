@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from .. import conv_grad_input, conv_grad_weight, launch, launch_conv_grad
+from .. import conv_grad_input, conv_grad_pack, conv_grad_weight, launch, launch_conv_grad
 from ..reference_conv import Geometry
 from .build import PROCESSORS, Budget, Build
 
-STEPS = {1: (15.0,), 2: (3.0, 255.0), 3: (3.0, 15.0, 255.0), 5: (3.0, 7.0, 15.0, 63.0, 255.0)}
+STEPS = (3.0, 15.0, 255.0, 7.0, 63.0, 1.0, 31.0, 127.0)
+_SIZES = ("filters", "channels", "columns", "all_columns", "all_filters", "run", "total", "w_f", "w_t")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -72,7 +74,8 @@ def _configs(quick: bool) -> Iterator[Config]:
         yield Config(kernel, "3x3 64→64 56²", dtype="fp32")
         if quick:
             continue
-        yield from (Config(kernel, layer, m) for layer in LAYERS for m in (1, 2, 5))
+        yield from (Config(kernel, layer, m) for layer in LAYERS for m in (1, 2))
+        yield from (Config(kernel, layer, m, arch=arch) for layer in few for m in (4, 5, 8) for arch in (80, 90))
         yield from (Config(kernel, layer, dtype="fp32", arch=arch) for layer in LAYERS for arch in (80, 90))
         yield from (Config(kernel, layer, 1, "fp32") for layer in few)
         yield from (Config(kernel, layer, sampled=True, arch=arch) for layer in LAYERS for arch in (80, 90))
@@ -82,17 +85,23 @@ def _configs(quick: bool) -> Iterator[Config]:
         yield Config(kernel, "3x3 64→64 56²", dtype="fp32", sampled=True)
 
 
+REGISTERS = {"dx": {1: 168, 2: 208}, "dw": {1: 152, 2: 208}}
+"""By M for 16-bit products; 255 where a program holds more."""
+
+
 def _budget(c: Config, layer: Layer) -> Budget:
-    products = r"HGMMA" if c.arch == 90 else r"HMMA"
-    wide = r"LDG\S*\.128"
-    return Budget(255, require=(products, wide) if layer.channels % 8 == 0 else (products,), forbid=("FRND",))
+    """Products of less than 64 rows, of few channels, are not made by warp groups."""
+    warp_groups = c.arch == 90 and (c.kernel == "dx" or layer.channels // layer.groups > 32)
+    wide = (r"LDG\S*\.128",) if layer.channels // layer.groups % 8 == 0 and layer.groups == 1 else ()
+    registers = 255 if c.sampled or c.dtype == "fp32" else REGISTERS[c.kernel].get(c.m, 255)
+    return Budget(registers, require=("HGMMA" if warp_groups else "HMMA", *wide))
 
 
 def _build(c: Config) -> Build:
     layer = LAYERS[c.layer]
     g, x, grad = layer.geometry, layer.input(c.x or c.dtype), layer.output(c.dtype)
     device = launch.Device(PROCESSORS[c.arch], c.arch)
-    steps, zero, kernel = STEPS[c.m], (0.0,) * c.m, (layer.kernel, layer.kernel)
+    steps, zero, kernel = STEPS[: c.m], (0.0,) * c.m, (layer.kernel, layer.kernel)
     streams = {"p_x": f"*{c.x or c.dtype}", "p_dx": f"*{c.x or c.dtype}", "p_g": f"*{c.dtype}", "p_v": f"*{c.dtype}", "p_quantizer": "*i32"}
     precision = "tf32" if c.dtype == "fp32" else "ieee"
     if c.kernel == "dx":
@@ -125,5 +134,25 @@ def _columns(filters: int, block: int, c: Config) -> int:
     return (filters + c.m * (block - 1)) // block * block if c.sampled else filters
 
 
+def _beside(sampled: bool, last: bool) -> Iterator[Build]:
+    """The kernels before and after the products."""
+    table = dict.fromkeys(("p_filter", "p_quantizer"), "*i32")
+    streams = dict.fromkeys(("p_w", "p_v", "p_g", "p_sorted", "p_dw"), "*bf16")
+
+    def build(kernel: str, function: Any, budget: Budget, **constants: Any) -> Build:
+        types = {name: "*fp32" if name.startswith("p_") else "i32" for name in function.arg_names} | table | streams
+        return Build(f"mixed_conv2d {kernel}", "M=3 bf16" + " sampled" * sampled, function, types, constants, budget, divisible=_SIZES)
+
+    small = Budget(128, shared=16384)
+    yield build("dx weights", conv_grad_pack.pack_grad_kernel, small, w_c=1, M=3, SAMPLED=sampled, TAPS=9, BN=64, BK=32)
+    yield build("dw finish", conv_grad_weight.mixed_conv_dw_kernel_finish, small, M=3, SAMPLED=sampled, TAPS=9, WIDTH=1, BF=64, BLOCK=512)
+    if sampled:
+        yield build("sorted dy", conv_grad_pack.sort_grad_kernel, small, LAST=last, BLOCK=32, BP=16, BC=128)
+    else:
+        yield build("dx finish", conv_grad_input.mixed_conv_dx_kernel_finish, small, M=3, STEPS=STEPS[:3], BLOCK=1024)
+
+
 def builds(quick: bool) -> Iterator[Build]:
     yield from map(_build, _configs(quick))
+    for sampled, last in ((False, True), (True, True), (True, False)):
+        yield from _beside(sampled, last)
