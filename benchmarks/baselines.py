@@ -44,20 +44,24 @@ def mix_quantize(x: Tensor, range: Tensor, p: Tensor, steps: Sequence[float], ze
 
 
 class EagerGate(nn.Module):
-    """The coefficients of a gate, with the noise that it has drawn; 1 for a layer with one candidate."""
+    """The coefficients of a gate, with the noise or the choice that it holds; 1 for a layer with one candidate."""
 
     noise: Tensor
+    choice: Tensor
 
     def __init__(self, gate: Gate | Constant) -> None:
         super().__init__()
         logits, noise = (gate.logits, gate.noise) if isinstance(gate, Gate) else (torch.zeros_like(gate.one),) * 2
         self.logits = nn.Parameter(logits.detach().clone())
         self.register_buffer("noise", noise.clone())
-        self.sampled = isinstance(gate, Gate) and gate.mode == "sampled"
+        self.register_buffer("choice", gate.choice.clone() if isinstance(gate, Gate) else logits.argmax(-1))
+        self.mode = gate.mode
 
     def forward(self) -> Tensor:
+        if self.mode == "fixed":
+            return torch.nn.functional.one_hot(self.choice, self.logits.size(-1)).to(self.logits.dtype)
         soft = (self.logits + self.noise).softmax(-1)
-        if not self.sampled:
+        if self.mode == "relaxed":
             return soft
         hard = torch.nn.functional.one_hot(soft.argmax(-1), soft.size(-1)).to(soft.dtype)
         return hard + (soft - soft.detach())
@@ -69,7 +73,7 @@ class EagerMixedConv2d(nn.Module):
     mixing    Σ_a r_a A_a(x) and Σ_w p_w Q_w(W), then one convolution; with joint candidates one convolution per input quantizer
     branches  Σ_{w,a} p_{w,a} · conv(A_a(x), Q_w(W)), a convolution per pair
 
-    The coefficients are the softmax, or in mode "sampled" its one-hot argmax with the softmax's gradient.
+    The coefficients are the softmax, in mode "sampled" its one-hot argmax with the softmax's gradient, in mode "fixed" the choice.
     """
 
     def __init__(self, mixed: MixedConv2d, style: str) -> None:

@@ -4,9 +4,11 @@
     python -m benchmarks.imagenet_step --network resnet20 --side 32 --batch 2 --dtype fp32 --rounds 1      # anywhere, in seconds
 
 A step is forward, backward and SGD on all parameters. Forms: 4 weight widths per filter and 3 activation widths, `shared` (factorised),
-`sampled` and `joint`. Implementations: `eager` (PyTorch operations, candidates mixed before the convolution), `branches` (a convolution for
-each of the 12 pairs), `compile` (torch.compile of eager), `qprune`, `graph` (that, or the plain step, as a CUDA graph), `search` (a whole
-step of qprune.Search as a CUDA graph, gates and budget included).
+`sampled` (straight-through gates, which need the weight's gradient for every activation width), `chosen` (the same with choices drawn
+outside, as score-function methods do) and `joint`. Implementations: `eager` (PyTorch operations, candidates mixed before the convolution),
+`branches` (a convolution for each of the 12 pairs), `compile` (torch.compile of eager), `qprune`, `graph` (that, or the plain step, as a
+CUDA graph), `search` (a whole step of qprune.Search as a CUDA graph, gates and budget included), `lean` (the same, mixing inputs again in
+the backward pass).
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from rich.table import Table
 from torch import nn
 
 from qprune import Budget, Search, SearchSpace, prepare, sample_gates, set_gates
+from qprune.gates import gates
 from qprune.geometry import weighted_layers
 from qprune.prepare import calibrate
 
@@ -37,12 +40,13 @@ from .rows import quantiles
 from .shapes import NETWORKS
 from .training import A_BITS, W_BITS, Step
 
-FORMS = ("float", "fixed", "shared", "sampled", "joint")
-IMPLEMENTATIONS = ("eager", "branches", "compile", "qprune", "graph", "search")
+FORMS = ("float", "fixed", "shared", "sampled", "chosen", "joint")
+IMPLEMENTATIONS = ("eager", "branches", "compile", "qprune", "graph", "search", "lean")
 ORDER = (
-    "float/eager", "shared/graph", "shared/qprune", "joint/graph", "sampled/graph", "float/graph", "shared/branches", "joint/qprune",
-    "sampled/qprune", "shared/search", "joint/search", "sampled/search", "shared/eager", "joint/eager", "float/compile", "shared/compile",
-    "joint/compile", "fixed/qprune", "fixed/graph", "fixed/eager", "fixed/compile", "sampled/eager", "sampled/compile", "joint/branches",
+    "float/eager", "shared/graph", "shared/qprune", "joint/graph", "chosen/graph", "float/graph", "shared/branches", "joint/qprune",
+    "shared/search", "shared/lean", "joint/search", "sampled/graph", "chosen/search", "sampled/search", "joint/lean", "sampled/qprune",
+    "shared/eager", "joint/eager", "float/compile", "shared/compile", "joint/compile", "chosen/qprune", "fixed/qprune", "fixed/graph",
+    "fixed/eager", "fixed/compile", "sampled/eager", "sampled/compile", "joint/branches",
 )  # fmt: skip
 """What matters most comes first, since time may run out."""
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -61,7 +65,7 @@ class Setup:
 def space(form: str) -> SearchSpace:
     if form == "fixed":
         return SearchSpace.fixed(4, 4)
-    return SearchSpace(W_BITS, A_BITS, granularity="filter", joint=form in ("sampled", "joint"))
+    return SearchSpace(W_BITS, A_BITS, granularity="filter", joint=form in ("sampled", "chosen", "joint"))
 
 
 def _batch(setup: Setup) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,6 +91,11 @@ def _model(form: str, setup: Setup, x: torch.Tensor) -> nn.Module:
     if form == "sampled":
         set_gates(model, mode="sampled")
         sample_gates(model, torch.Generator().manual_seed(0))
+    if form == "chosen":
+        g = torch.Generator().manual_seed(0)
+        set_gates(model, mode="fixed")
+        for _, gate in gates(model):
+            gate.choice.copy_(torch.randint(gate.logits.size(-1), gate.choice.shape, generator=g))
     return model.to(setup.device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload, no-any-return]
 
 
@@ -108,8 +117,8 @@ def build(form: str, implementation: str, setup: Setup) -> Callable[[], Any]:
     step = Step(_model(form, setup, x), (x, y), dtype=dtype)
     if implementation == "graph":
         return graphed(step)
-    if implementation == "search":
-        search = Search(step.model, Budget(bops="w4a4"), cuda_graph=setup.device == "cuda")
+    if implementation in ("search", "lean"):
+        search = Search(step.model, Budget(bops="w4a4"), cuda_graph=setup.device == "cuda", recompute=implementation == "lean")
         return lambda: search.step(step.loss, batch=(x, y))
     return step
 
@@ -134,7 +143,10 @@ def suits(name: str, device: str) -> bool:
     form, implementation = name.split("/")
     if implementation == "graph":
         return device == "cuda"
-    allowed = {"float": ("eager", "compile"), "fixed": ("eager", "compile", "qprune"), "sampled": ("eager", "compile", "qprune", "search")}
+    allowed = {
+        "float": ("eager", "compile"), "fixed": ("eager", "compile", "qprune"),
+        "sampled": ("eager", "compile", "qprune", "search"), "chosen": ("qprune", "search"),
+    }  # fmt: skip
     return implementation in allowed.get(form, IMPLEMENTATIONS)
 
 

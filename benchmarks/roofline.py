@@ -68,7 +68,7 @@ def search_steps(name: str, batch: int, gpu: Gpu) -> Table:
         table.add_column(column, justify="left" if column == "step" else "right")
     plain = steps.plain(name, batch, gpu)
     table.add_row("plain", f"{plain * 1e3:.1f}", "1.00")
-    for form in ("shared", "sampled", "sampled, chosen only", "joint", "branches"):
+    for form in ("shared", "sampled", "chosen", "joint", "branches"):
         found = steps.search(form, name, batch, gpu)
         table.add_row(form, f"{found * 1e3:.1f}", f"{found / plain:.2f}")
     return table

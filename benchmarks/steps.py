@@ -16,7 +16,7 @@ from .shapes import ConvShape
 
 ITEM = 2
 W_BITS, A_BITS = 4, 3
-"""Candidates of the issue's search: 4 weight widths, 3 activation widths."""
+"""Candidates of the search that the targets are about: 4 weight widths, 3 activation widths."""
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,10 @@ def plain(name: str = "resnet18", batch: int = 256, gpu: Gpu = H200) -> float:
     return convolutions + predict.seconds([*_around(name, batch), _cast_weights(name)], gpu)
 
 
-def search(form: str, name: str = "resnet18", batch: int = 256, gpu: Gpu = H200) -> float:
-    """Seconds of a search step: "shared", "sampled" or "joint", each convolution by its faster route; "branches" is the eager sum of a
-    convolution for every pair. "sampled" gates are straight-through: they need the weight's gradient for every activation quantizer, not
-    only for the one that was drawn, as "sampled, chosen only" has it."""
+def search(form: str, name: str = "resnet18", batch: int = 256, gpu: Gpu = H200, recompute: bool = False) -> float:
+    """Seconds of a search step: "shared", "sampled", "chosen" or "joint", each convolution by its faster route; "branches" is the eager sum
+    of a convolution for every pair. "sampled" gates are straight-through: they need the weight's gradient for every activation quantizer,
+    not only for the one that was drawn, as "chosen" has it. recompute: mix the shared form's inputs once more in the backward pass."""
     first, others = _layers(name, batch)
     total = sum(predict.library(first, gpu, first=True)) + predict.seconds(_around(name, batch), gpu)
     if form == "branches":
@@ -101,6 +101,8 @@ def search(form: str, name: str = "resnet18", batch: int = 256, gpu: Gpu = H200)
     outputs = 1 if form == "shared" else A_BITS
     candidates = W_BITS if form == "shared" else W_BITS * A_BITS
     total += predict.seconds(predict.weights(shapes.weights(name), candidates, outputs), gpu)
+    if recompute:
+        total += sum(predict.seconds(predict.mix(shape.x_elements, A_BITS, passes="forward"), gpu) for shape in others)
     return total + sum(_mixed(form, shape, gpu).both for shape in others)
 
 
@@ -108,7 +110,7 @@ def _mixed(form: str, shape: ConvShape, gpu: Gpu) -> Route:
     if form == "shared":
         return predict.shared(shape, A_BITS, gpu)
     routes = [predict.joint_library(shape, A_BITS, gpu), predict.joint_fused(shape, A_BITS, gpu)]
-    if form.startswith("sampled"):
+    if form in ("sampled", "chosen"):
         routes[1] = predict.sampled(shape, A_BITS, gpu, all_groups=form == "sampled")
     return min(routes, key=lambda route: route.both)
 

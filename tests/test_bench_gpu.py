@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def test_imagenet_step_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "step.json"
-    names = "float/eager,fixed/qprune,shared/qprune,shared/branches,sampled/qprune,joint/qprune"
+    names = "float/eager,fixed/qprune,shared/qprune,shared/branches,sampled/qprune,chosen/qprune,joint/qprune"
     words = ["--network", "resnet8", "--side", "16", "--batch", "2", "--dtype", "bf16", "--rounds", "1", "--only", names, "--out", str(out)]
     assert imagenet_step.main(words) == 0
     assert "against plain" in capsys.readouterr().out
@@ -40,7 +40,7 @@ def _raise(error: Exception) -> Any:
     raise error
 
 
-@pytest.mark.parametrize("form", ["fixed", "shared", "sampled", "joint"])
+@pytest.mark.parametrize("form", ["fixed", "shared", "sampled", "chosen", "joint"])
 def test_a_wrong_layer_is_not_timed(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     setup = imagenet_step.Setup("resnet8", 16, 2, "fp32", "cpu", 1)
     imagenet_step.check(form, setup)

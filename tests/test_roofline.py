@@ -111,7 +111,11 @@ def _gpu_results() -> dict[str, Any]:
         _step("shared", "branches", 90.0),
         _step("shared", "qprune", 12.0),
     ]
-    steps += [_step("shared", "search", 10.0, 1040), {**_step("joint", "eager", 0.0), "skipped": "out of memory"}]
+    steps += [
+        _step("shared", "search", 10.0),
+        _step("shared", "lean", 9.0, 1040),
+        {**_step("joint", "eager", 0.0), "skipped": "out of memory"},
+    ]
     del steps[-1]["ms"]
     described = {
         **machine.describe("cpu"),
@@ -138,8 +142,9 @@ def test_report_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert cells[TARGETS[3].what][2:] == ["not measured", "not measured"]
     assert cells[TARGETS[4].what][2:] == ["1.25x", "missed"]  # against the better one of eager and compiled
     assert cells[TARGETS[5].what][2:] == ["1.25x", "missed"]  # the whole search step against the faster plain one
-    assert cells[TARGETS[8].what][2:] == ["9.00x", "met"]
-    assert cells[TARGETS[9].what][2:] == ["1.04x", "met"]
+    assert cells[TARGETS[9].what][2:] == ["9.00x", "met"]
+    assert cells[TARGETS[10].what][2:] == ["1.04x", "met"]
+    assert cells[TARGETS[11].what][2:] == ["1.12x", "met"]
     assert "- int8: stopped after 30 s" in text and "correctness" not in text
     assert "| joint | eager | out of memory |" in text
     assert chart.read_text(encoding="utf-8").lstrip().startswith("<?xml")
