@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import launch_conv, layout
 from .candidates import FULL, aligned, device_of, guard
-from .conv_common import codes, dot, largest, load_quantizers, pick, precision
+from .conv_common import codes, dot, inside, largest, load_quantizers, pick, precision
 from .conv_grad_input import backward_input
 from .conv_grad_weight import backward_weight
 from .conv_pack import filter_table, pack
@@ -32,12 +32,6 @@ from .reference_conv import Geometry
 __all__ = ["backward_input", "backward_weight", "forward"]
 
 SIZES = ("pixels", "plane", "out_w", "height", "width", "row", "run", "filters", "tiles")
-
-
-@triton.jit
-def inside(position, size):
-    """0 ≤ position < size: as unsigned numbers, negative positions are beyond every size."""
-    return position.to(tl.uint32) < size
 
 
 @triton.jit(do_not_specialize=SIZES)

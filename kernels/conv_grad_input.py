@@ -24,7 +24,7 @@ from torch import Tensor
 
 from . import launch_conv_grad, layout
 from .candidates import FULL, MAGIC, aligned, device_of, guard
-from .conv_common import dot, load_quantizers, precision
+from .conv_common import dot, inside, load_quantizers, precision
 from .conv_grad_pack import pack_grad, sort_grad
 from .conv_pack import filter_table
 from .launch_conv_grad import InputShape, InputTile
@@ -32,12 +32,6 @@ from .reference_conv import Geometry
 
 SIZES = ("batch", "height", "width", "out_h", "out_w", "channels", "columns", "blocks", "tiles")
 _OUTSIDE = tl.constexpr(-(2**30))
-
-
-@triton.jit
-def inside(position, size):
-    """0 ≤ position < size: as unsigned numbers, negative positions are beyond every size."""
-    return position.to(tl.uint32) < size
 
 
 @triton.jit

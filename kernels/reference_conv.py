@@ -95,5 +95,5 @@ def mixed_conv2d_backward(
 
 def chosen_only(d_weight: Tensor, choice: Tensor, m: int) -> Tensor:
     """d_weight [CO, M·C, kh, kw] with zeros in every group but choice[f] of filter f."""
-    mask = torch.nn.functional.one_hot(choice, m).to(d_weight.dtype)
-    return (d_weight.unflatten(1, (m, -1)) * mask.view(-1, m, 1, 1, 1)).flatten(1, 2)
+    chosen = torch.nn.functional.one_hot(choice, m).bool().view(-1, m, 1, 1, 1)
+    return torch.where(chosen, d_weight.unflatten(1, (m, -1)), 0.0).flatten(1, 2)

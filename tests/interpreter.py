@@ -40,8 +40,7 @@ def _mend_interpreter() -> None:
 
 def _import_kernels() -> None:
     for operation in dispatch.OPERATIONS["triton"]:
-        if importlib.util.find_spec(f"qprune.kernels.{operation}"):
-            importlib.import_module(f"qprune.kernels.{operation}")
+        importlib.import_module(f"qprune.kernels.{operation}")
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -12,9 +11,7 @@ from ..errors import BackendError
 from .build import SHARED_LIMIT, Budget, Build
 from .sass import Code
 
-FAMILIES = tuple(
-    name for name in ("quantize", "multi", "conv", "depthwise", "int8") if importlib.util.find_spec(f"{__package__}.{name}") is not None
-)
+FAMILIES = ("quantize", "multi", "conv", "depthwise", "int8")
 """The modules of this folder that list configurations, each named after the kernels that it compiles."""
 
 Row = dict[str, Any]
