@@ -4,13 +4,7 @@ A quantizer's output is A(x) = β + (q − z)·d = d·(q + center) with center =
 a signed or unsigned grid makes an integer or a half: at most 8 bits, exact in every dtype of the tensor cores. d goes into the weight.
 """
 
-# The arguments of a @triton.jit
-def inside(position, size):
-    """0 ≤ position < size: as unsigned numbers, negative positions are beyond every size."""
-    return position.to(tl.uint32) < size
-
-
-@triton.jit function have no Python types.
+# The arguments of a @triton.jit function have no Python types.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,assignment"
 
 from __future__ import annotations
@@ -25,6 +19,12 @@ from . import dispatch
 from .candidates import FULL, MAGIC
 
 INTERPRETED = tl.constexpr(dispatch.interpreting())
+
+
+@triton.jit
+def inside(position, size):
+    """0 ≤ position < size: as unsigned numbers, negative positions are beyond every size."""
+    return position.to(tl.uint32) < size
 
 
 @triton.jit
