@@ -4,6 +4,7 @@ from .conv_ops import mixed_conv2d
 from .depthwise_ops import mixed_depthwise
 from .dispatch import backend
 from .errors import BackendError, InputError, QPruneError
+from .int8_ops import quant_conv2d_int8
 from .multi_ops import mix_quantize_many
 from .ops import mix_quantize
 from .reference import IDENTITY
@@ -20,4 +21,5 @@ __all__ = [
     "mix_quantize_many",
     "mixed_conv2d",
     "mixed_depthwise",
+    "quant_conv2d_int8",
 ]

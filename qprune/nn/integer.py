@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qprune.convolution import window_of
-from qprune.kernels.int8_ops import quant_conv2d_int8
+from qprune.kernels import quant_conv2d_int8
 from qprune.kernels.launch_int8 import MAX_SUM
 from qprune.kernels.reference_int8 import fits, weight_codes
 
