@@ -21,8 +21,7 @@ from torch import Tensor
 
 from . import launch_conv_grad, layout
 from .candidates import FULL, aligned, device_of, guard
-from .conv_common import code_tile, dot, load_quantizers, pick, precision
-from .conv_grad_input import inside
+from .conv_common import code_tile, dot, inside, load_quantizers, pick, precision
 from .conv_grad_pack import sort_grad, tap_strides
 from .conv_pack import filter_table
 from .launch_conv_grad import WeightShape, WeightTile
