@@ -53,11 +53,12 @@ def _configs(quick: bool) -> Iterator[Config]:
     yield Config("backward", 960, 7, 192, 89, k=3, dtype="fp32", offset=True)
     yield Config("mix", 960, 7, 144, k=5)
     yield Config("finish", 960, 7, 64, k=3)
+    yield Config("forward", 384, 14, 112, 51, k=3, arch=80)
+    yield Config("backward", 384, 14, 192, 89, k=3, arch=80)
     if quick:
         return
     yield Config("forward", 384, 14, 112, 51, k=3)
     yield Config("forward", 384, 14, 112, 63, k=5)
-    yield Config("forward", 384, 14, 112, 51, k=3, arch=80)
     yield Config("forward", 384, 14, 152, 73, k=3, groups=3)
     yield Config("forward", 192, 28, 88, 64, k=3, unit=False)
     yield Config("forward", 96, 112, 152, 69, stride=2, dtype="fp32")
@@ -66,7 +67,6 @@ def _configs(quick: bool) -> Iterator[Config]:
     yield Config("forward", 96, 56, 176, 141, window=7, k=3)
     yield Config("backward", 384, 14, 192, 89, k=3)
     yield Config("backward", 384, 14, 192, 117, k=5)
-    yield Config("backward", 384, 14, 192, 89, k=3, arch=80)
     yield Config("backward", 384, 14, 192, 151, k=3, groups=3)
     yield Config("backward", 192, 28, 144, 101, k=3, unit=False)
     yield Config("backward", 96, 112, 200, 36, stride=2, dtype="fp32")
