@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from qprune.errors import InputError
+from qprune.modes import kept_modes
 from qprune.nn.surgery import copy_model, plain, replace_modules
 
 ExampleInputs = Tensor | Sequence[Any] | Mapping[str, Any]
@@ -152,14 +153,9 @@ class observing:
 
 def run_observed(model: nn.Module, inputs: Iterable[ExampleInputs], callback: Any) -> None:
     """Run the model in eval mode, without gradients, on several inputs, with `callback` as in `observing`. Modes are put back."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        with observing(model.eval(), callback), torch.no_grad():
-            for batch in inputs:
-                run(model, batch)
-    finally:
-        for module, training in modes:
-            module.training = training
+    with kept_modes(model), observing(model.eval(), callback), torch.no_grad():
+        for batch in inputs:
+            run(model, batch)
 
 
 def trace_geometry(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, LayerGeometry]:

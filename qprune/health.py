@@ -1,9 +1,8 @@
-"""Finding where numbers went wrong, and leaving a model's modes as they were."""
+"""Finding where numbers went wrong."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,17 +11,6 @@ from torch import Tensor, nn
 from qprune.gates import Constant, Gate
 from qprune.quantizers import Quantizer
 from qprune.record import unwrap
-
-
-@contextmanager
-def kept_modes(model: nn.Module) -> Iterator[None]:
-    """Put every module's train/eval flag back afterwards (some may be frozen in eval inside a training model)."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @torch.no_grad()

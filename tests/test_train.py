@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qprune.kernels import QPruneError
+from qprune.quantizers import Quantizer
 from qprune.tasks import data, models, train
 
 
@@ -105,10 +106,11 @@ def test_rate_rises_then_falls() -> None:
     assert train.rate(0, 100, 0.0) == 1.0
 
 
-class Quantizer(nn.Module):
+class Scale(Quantizer):
+    """A quantizer's parameters, as a factor and a summand."""
+
     def __init__(self) -> None:
-        super().__init__()
-        self.log_range = nn.Parameter(torch.zeros(2, 2))
+        super().__init__((4, 8), [(15.0, 8.0), (255.0, 128.0)], 2, None)
         self.offset = nn.Parameter(torch.zeros(2))
 
 
@@ -117,7 +119,7 @@ class WithQuantizers(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(3, 4, 3)
         self.bn = nn.BatchNorm2d(4)
-        self.conv.weight_quantizer = Quantizer()
+        self.conv.weight_quantizer = Scale()
         self.frozen = nn.Parameter(torch.zeros(3, 3), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:

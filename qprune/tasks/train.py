@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qprune.errors import InputError, NonFiniteError
-from qprune.health import first_nonfinite_layer, kept_modes
+from qprune.health import first_nonfinite_layer
+from qprune.modes import kept_modes
+from qprune.prepare import quantizer_parameters
 from qprune.record import unwrap
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
-QUANTIZER_MODULES = ("weight_quantizer", "input_quantizer")
-QUANTIZER_PARAMETERS = ("log_range", "offset")
 
 
 class Batches(Protocol):
@@ -34,17 +34,13 @@ class Batches(Protocol):
 
 
 def parameter_groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
-    """Trainable parameters as (decayed, not decayed, quantizer).
-
-    Decayed are weights of two or more dimensions; not decayed are biases and normalisation parameters. A quantizer parameter is called
-    log_range or offset, or lives in a weight_quantizer or an input_quantizer.
-    """
+    """Trainable parameters as (decayed, not decayed, quantizer). Decayed are weights of two or more dimensions; not decayed are biases and
+    normalisation parameters."""
+    quantizers = {id(p) for p in quantizer_parameters(model)}
     groups: tuple[list[nn.Parameter], ...] = ([], [], [])
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.requires_grad:
-            *modules, leaf = name.split(".")
-            quantizer = leaf in QUANTIZER_PARAMETERS or any(module in QUANTIZER_MODULES for module in modules)
-            groups[2 if quantizer else int(parameter.dim() < 2)].append(parameter)
+            groups[2 if id(parameter) in quantizers else int(parameter.dim() < 2)].append(parameter)
     return groups[0], groups[1], groups[2]
 
 
