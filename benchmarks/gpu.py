@@ -43,17 +43,17 @@ def _bench(name: str, seconds: int, *words: str) -> Part:
 
 
 PARTS = (
-    Part("correctness", ("-m", "pytest", "-q", "-m", "gpu", "tests", "--no-header"), 120),
-    _bench("mix_quantize", 60, "--kernel", "mix_quantize", "--baselines", "eager,compile", "--direction", "forward,backward"),
-    Part("training step", ("-m", "benchmarks.imagenet_step", "--out", "{out}", "--seconds", "{left}"), 150),
-    _bench("multi", 40, "--kernel", "multi", "--shapes", "resnet50", "--baselines", "compile,layers", "--direction", "both"),
-    _bench("mixed_conv2d", 110, "--kernel", "mixed_conv2d", "--baselines", "eager,compile,cudnn", "--direction", "both"),
+    Part("correctness", ("-m", "benchmarks.correctness", "--out", "{out}", "--seconds", "{left}"), 170),
+    _bench("mix_quantize", 50, "--kernel", "mix_quantize", "--baselines", "eager,compile", "--direction", "forward,backward"),
+    Part("training step", ("-m", "benchmarks.imagenet_step", "--out", "{out}", "--seconds", "{left}"), 140),
+    _bench("multi", 30, "--kernel", "multi", "--shapes", "resnet50", "--baselines", "compile,layers", "--direction", "both"),
+    _bench("mixed_conv2d", 100, "--kernel", "mixed_conv2d", "--baselines", "eager,compile,cudnn", "--direction", "both"),
     _bench("depthwise", 30, "--kernel", "depthwise", "--baselines", "eager,cudnn", "--direction", "both"),
     _bench("int8", 30, "--kernel", "int8", "--shapes", "resnet50", "--baselines", "cudnn"),
     Part(
         "pytest-benchmark",
         ("-m", "pytest", "-q", "benchmarks", "--benchmark-only", "-k", "qprune", "--seconds", "{left}", "--benchmark-json", "{out}"),
-        40,
+        30,
     ),
 )
 """The limits add up to 580 seconds."""

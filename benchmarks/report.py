@@ -14,6 +14,7 @@ from typing import Any
 from qprune.errors import QPruneError
 
 from . import against, shapes
+from .correctness import sentence
 from .machine import headline
 from .roofline import as_python, gpu_from
 from .table import markdown_table, number
@@ -80,6 +81,7 @@ def report(content: Content) -> str:
     if notes := [f"- {name}: {text['ended']}" for name, text in content.get("parts", {}).items() if text["ended"] != "done"]:
         parts.append("Not complete:\n\n" + "\n".join(notes))
     note = "" if _is_h200(content) else " The bounds are for an H200; this is another machine." if described.get("cuda") else ""
+    parts += [f"Tests on the GPU: {sentence(row)}." for row in content["rows"] if row.get("kernel") == "correctness"]
     parts.append(f"### Targets\n\n{targets(content)}\n\nPredictions come from the model in `roofline.py`.{note}")
     rows = content["rows"]
     if any(row.get("kernel") == "imagenet_step" for row in rows):

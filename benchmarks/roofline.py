@@ -97,8 +97,8 @@ def route_table(gpu: Gpu = H200, batch: int = 256, quantizers: Sequence[int] = (
 
 
 def as_python(table: Mapping[tuple[int, int, int, int], str]) -> str:
-    """The source of a dictionary called ROUTES."""
-    return "\n".join(["ROUTES = {", *(f'    {key}: "{route}",' for key, route in table.items()), "}"])
+    """The source of `MEASURED` in kernels/routes.py."""
+    return "\n".join(["MEASURED = {", *(f'    {key}: "{route}",' for key, route in table.items()), "}"])
 
 
 def gpu_from(rates: dict[str, Any] | None, **values: float | None) -> Gpu:

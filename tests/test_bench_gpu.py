@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from qprune.benchmarks import baselines, gpu, imagenet_step, measure, selection
+from qprune.benchmarks import baselines, correctness, gpu, imagenet_step, measure, selection
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -95,3 +96,23 @@ def test_parts_call_what_exists(capsys: pytest.CaptureFixture[str]) -> None:
 def test_bench_gpu_says_that_there_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main(["--out", str(tmp_path / "x.json")]) == 1
     assert "torch sees no CUDA device" in capsys.readouterr().err and not (tmp_path / "x.json").exists()
+
+
+def test_tests_in_parallel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a file with tests that pass, fail and hang: all are counted, the one that hangs as not reached."""
+    folder = ROOT / "tests" / f"parallel_{os.getpid()}"
+    folder.mkdir()
+    try:
+        body = "import pytest, time\npytestmark = pytest.mark.gpu\n"
+        body += "@pytest.mark.parametrize('word', ['a b', 'c'])\ndef test_good(word): pass\n"
+        body += "def test_bad(): assert 0\ndef test_hangs(): time.sleep(60)\n"
+        (folder / "test_some.py").write_text(body)
+        out = tmp_path / "out.json"
+        words = ["--tests", str(folder.relative_to(ROOT)), "--processes", "2", "--seconds", "12", "--out", str(out)]
+        assert correctness.main(words) == 1
+    finally:
+        shutil.rmtree(folder)
+    row = json.loads(out.read_text())["rows"][0]
+    assert (row["passed"], row["failed"], row["not reached"]) == (2, 1, 1)
+    assert [name.split("::")[1] for name in row["failures"]] == ["test_bad"]
+    assert "2 passed, 1 failed, 0 skipped tests, 1 not reached" in capsys.readouterr().out

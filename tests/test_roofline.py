@@ -65,8 +65,8 @@ def test_roofline_prints_tables_and_routes(capsys: pytest.CaptureFixture[str], t
     assert roofline.main(["--routes"]) == 0
     found: dict[str, Any] = {}
     exec(capsys.readouterr().out, found)
-    assert found["ROUTES"][1, 256, 64, 3] == "fused" and found["ROUTES"][9, 512, 512, 3] == "library"
-    assert found["ROUTES"] == roofline.route_table()
+    assert found["MEASURED"][1, 256, 64, 3] == "fused" and found["MEASURED"][9, 512, 512, 3] == "library"
+    assert found["MEASURED"] == roofline.route_table()
 
 
 def test_slow_instructions_send_a_layer_to_the_library() -> None:
@@ -149,7 +149,7 @@ def test_report_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "| joint | eager | out of memory |" in text
     assert chart.read_text(encoding="utf-8").lstrip().startswith("<?xml")
     assert report.main([str(results), "--routes"]) == 0
-    assert capsys.readouterr().out == 'ROUTES = {\n    (1, 64, 256, 3): "fused",\n}\n'
+    assert capsys.readouterr().out == 'MEASURED = {\n    (1, 64, 256, 3): "fused",\n}\n'
 
 
 def test_report_without_a_gpu_claims_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
