@@ -15,7 +15,7 @@ from qprune.errors import CheckpointError, PolicyMismatchError
 from qprune.files import write_atomically
 from qprune.geometry import weighted_layers
 from qprune.nn.mixing import Mixing
-from qprune.nn.quant import Quantizing
+from qprune.nn.quantizing import Quantizing
 from qprune.policy import LayerBits, Policy
 from qprune.record import record_of, unwrap
 from qprune.space import SearchSpace

@@ -14,7 +14,7 @@ from qprune.conventions import CONVENTIONS, Convention
 from qprune.errors import BudgetError, InputError
 from qprune.geometry import ExampleInputs, Geometry, LayerGeometry, trace_geometry, weighted_layers
 from qprune.nn.mixing import Mixing
-from qprune.nn.quant import Quantizing
+from qprune.nn.quantizing import Quantizing
 from qprune.policy import Policy
 from qprune.record import record_of, unwrap
 from qprune.space import FLOAT, PRUNED

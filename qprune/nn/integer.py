@@ -9,7 +9,6 @@ from __future__ import annotations
 import weakref
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +17,7 @@ from qprune.convolution import window_of
 from qprune.kernels import quant_conv2d_int8
 from qprune.kernels.launch_int8 import MAX_SUM
 from qprune.kernels.reference_int8 import fits, weight_codes
-
-if TYPE_CHECKING:
-    from qprune.nn.quant import QuantConv2d
+from qprune.nn.quantizing import Quantizing
 
 _VECTOR = 16  # channels that a load moves at once; the kernels take other numbers too, one by one
 _on = False
@@ -73,8 +70,8 @@ def _wanted(x: Tensor) -> bool:
     return type(x) is Tensor and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
 
 
-def _expressible(layer: QuantConv2d) -> bool:
-    channels, w, a = layer.in_channels // layer.groups, layer.weight_quantizer, layer.input_quantizer
+def _expressible(layer: Quantizing) -> bool:
+    channels, w, a = layer.weight.size(1), layer.weight_quantizer, layer.input_quantizer
     return (
         2 <= layer.a_bits <= 8
         and a.kind == "pact"
@@ -85,7 +82,7 @@ def _expressible(layer: QuantConv2d) -> bool:
     )
 
 
-def _make(layer: QuantConv2d, sources: tuple[Tensor, ...], versions: tuple[tuple[int, int], ...]) -> _Codes:
+def _make(layer: Quantizing, sources: tuple[Tensor, ...], versions: tuple[tuple[int, int], ...]) -> _Codes:
     w, a = layer.weight_quantizer, layer.input_quantizer
     chosen = layer.one_hot.unbind(1)
     # sums over the candidates with Python numbers as factors: nothing is copied to the device
@@ -97,7 +94,7 @@ def _make(layer: QuantConv2d, sources: tuple[Tensor, ...], versions: tuple[tuple
     return _Codes(sources, versions, codes, a.offsets(a_range).flatten().float(), a_range.flatten())
 
 
-def _codes(layer: QuantConv2d) -> _Codes:
+def _codes(layer: Quantizing) -> _Codes:
     w, a = layer.weight_quantizer, layer.input_quantizer
     sources = (layer.weight, layer.one_hot, w.log_range, a.log_range, a.signed)
     capturing = layer.weight.is_cuda and torch.cuda.is_current_stream_capturing()
@@ -111,8 +108,9 @@ def _codes(layer: QuantConv2d) -> _Codes:
     return kept
 
 
-def conv2d(layer: QuantConv2d, x: Tensor) -> Tensor | None:
+def conv2d(layer: Quantizing, x: Tensor) -> Tensor | None:
     """The layer's output for x [N, C, H, W] on integer codes, or None where the float path has to be taken."""
+    assert isinstance(layer, nn.Conv2d)
     if layer.training or not _wanted(x) or not _expressible(layer):
         return None
     window = window_of(layer)

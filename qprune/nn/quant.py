@@ -5,71 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qprune.errors import SpaceError
 from qprune.nn import integer
-from qprune.nn.mixing import Mixing, QuantizedLayer, check_input
+from qprune.nn.mixing import Mixing, check_input
+from qprune.nn.quantizing import Quantizing
 from qprune.nn.surgery import plain, take_over
-from qprune.quantizers import InputQuantizer, Quantizer, WeightQuantizer
-from qprune.space import FLOAT, SearchSpace, check_bits
-
-
-class Quantizing(QuantizedLayer):
-    """Mixin of QuantConv2d and QuantLinear: y = layer(A(x), Q(W)) with one activation width and one weight width per filter.
-
-    w_bits  tuple of one int per filter; filters of 0 bits have zero weight
-    a_bits  int; 32 = the input stays as it is
-    """
-
-    one_hot: Tensor
-    quantizer_names: dict[str, str]
-
-    def setup_quantizing(
-        self, w_bits: int | Sequence[int], a_bits: int, weight_quantizer: str, input_quantizer: str, scales: str, mixed: Any = None
-    ) -> None:
-        """Add quantizers for these bits; ranges come from `mixed`, the layer that was searched, where it is given."""
-        filters, device = self.weight.size(0), self.weight.device
-        per_filter = tuple(w_bits) if isinstance(w_bits, Sequence) else (w_bits,) * filters
-        if len(per_filter) != filters:
-            raise SpaceError(f"w_bits: expected one int or one per filter ({filters}), got {len(per_filter)}")
-        if not isinstance(a_bits, int):
-            raise SpaceError(f"a_bits: expected one int, got {a_bits!r}")
-        distinct = tuple(sorted(check_bits("w_bits", tuple(dict.fromkeys(per_filter)))))
-        SearchSpace(distinct, (a_bits,), weight_quantizer=weight_quantizer, input_quantizer=input_quantizer, scales=scales)
-        self.w_bits, self.a_bits = per_filter, a_bits
-        self.quantizer_names = {"weight_quantizer": weight_quantizer, "input_quantizer": input_quantizer, "scales": scales}
-        rows = torch.tensor([distinct.index(b) for b in per_filter], device=device)
-        self.register_buffer("one_hot", F.one_hot(rows, len(distinct)).to(torch.float32), persistent=False)
-        self.weight_quantizer = WeightQuantizer(weight_quantizer, distinct, filters if scales == "filter" else 1, device)
-        self.input_quantizer = InputQuantizer(input_quantizer, (self.a_bits,), device)
-        self.weight_quantizer.start(self.weight)
-        if mixed is not None:
-            _copy_candidates(mixed.weight_quantizer, self.weight_quantizer)
-            _copy_candidates(mixed.input_quantizer, self.input_quantizer)
-
-    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """A(x) and Q(W)."""
-        if self.a_bits != FLOAT:
-            x = self.input_quantizer(x, torch.ones(1, device=x.device))
-        return x, self.weight_quantizer(self.weight, self.one_hot)
-
-    def bits_repr(self) -> str:
-        distinct = self.weight_quantizer.bits
-        return f", w_bits={distinct[0] if len(distinct) == 1 else distinct}, a_bits={self.a_bits}"
-
-
-@torch.no_grad()
-def _copy_candidates(source: Quantizer, target: Quantizer) -> None:
-    """The ranges, offsets and sign of those candidates of `source` that `target` has."""
-    picks = [source.bits.index(b) for b in target.bits]
-    for name, value in [*target.named_parameters(), *target.named_buffers()]:
-        there = getattr(source, name)
-        value.copy_(there[:, picks] if there.dim() == 2 else there)
-    if isinstance(source, InputQuantizer) and isinstance(target, InputQuantizer):
-        target.calibrated = target.calibrated or source.calibrated
+from qprune.space import SearchSpace
 
 
 class QuantConv2d(Quantizing, nn.Conv2d):
