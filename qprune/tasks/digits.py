@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .data import DataError, Split, Task, stratified
+from .task import DataError, Split, Task, stratified
 
 
 def digits(seed: int = 0, *, fractions: Sequence[float] = (0.6, 0.2, 0.2), image_size: int = 16) -> Task:
