@@ -164,7 +164,8 @@ def evaluate(geometry: Geometry, choices: Mapping[str, Choice], convention: Conv
     rows = [layer_cost(layer, choices.get(name, FLOAT_CHOICE), kept.get(name), convention) for name, layer in geometry.layers.items()]
     if not rows:
         raise BudgetError("the network has no convolution or linear layer: there is nothing to cost")
-    bops, macs, size = (torch.stack([getattr(row, field) for row in rows]).sum() for field in ("bops", "macs", "size_bits"))
+    device = next((choice.p.device for choice in choices.values()), FLOAT_CHOICE.p.device)  # layers left float are costed on the CPU
+    bops, macs, size = (torch.stack([getattr(row, field).to(device) for row in rows]).sum() for field in ("bops", "macs", "size_bits"))
     overhead = sum(_overhead(geometry.layers[name], choice) for name, choice in choices.items() if name in geometry.layers)
     return Cost(bops, macs, size, overhead, tuple(rows))
 

@@ -18,6 +18,7 @@ from qprune.gates import gates
 from qprune.geometry import Geometry, trace_geometry
 from qprune.nn.mixing import Mixing
 from qprune.policy import LayerBits
+from qprune.search.expected import ExpectedCost
 from qprune.tasks import models
 from tests.geometries import mobilenet_v2, resnet18
 
@@ -269,3 +270,14 @@ def test_rows_sum_up_and_name_mean_bits() -> None:
     assert float(sum(row.bops for row in found.rows)) == pytest.approx(float(found.bops))
     assert [(float(row.w_bits), float(row.a_bits)) for row in found.rows] == [(1, 3), (1, 3), (32, 32)]
     assert len(list(gates(mixed))) == 4
+
+
+@pytest.mark.parametrize("w_bits", [(0, 2, 4), (2, 4)])
+def test_layers_left_float_beside_a_model_on_another_device(w_bits: tuple[int, ...]) -> None:
+    """The meta device stands for a GPU: like one, it does not mix with the CPU."""
+    rules = {"conv1": None, "fc": SearchSpace.fixed(8, 8)}
+    space = SearchSpace(w_bits, (4, 8), granularity="filter")
+    model = prepare(models.resnet8(), space, rules=rules, example_inputs=torch.rand(1, 3, 16, 16))
+    model = model.to("meta")
+    assert cost(model).bops.device.type == "meta"
+    assert ExpectedCost(model, "product")().bops.device.type == "meta"

@@ -11,11 +11,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import qprune
 from qprune import Budget, Search, SearchSpace, prepare
+from qprune.constants import constant
 from qprune.errors import InputError, NonFiniteError
+from qprune.gates import set_gates
+from qprune.nn import MixedConv2d
 from qprune.search import driver, graph
+from qprune.search.constraint import Constraint
+from qprune.search.edmips import EdMIPS
+from qprune.search.optimizers import Optimizers
+from qprune.tasks.models import resnet8
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -148,6 +156,53 @@ def test_refuses(recorder: type[graph.Recorder]) -> None:
         search.step(lambda m: m(torch.rand(2, 1, 8, 8)).sum())
     with pytest.raises(InputError, match="second_order=True reads numbers back"):
         Search(_model(), Budget(bops="w4a4"), "darts", cuda_graph=True, second_order=True)
+
+
+SPACES = {
+    "factorised": SearchSpace((2, 4, 8), (2, 4, 8), granularity="filter"),
+    "joint": SearchSpace((2, 4), (4, 8), joint=True, granularity="filter"),
+    "pruning": SearchSpace((0, 2, 4), (4, 8), granularity="filter"),
+    "one bit, learned offset": SearchSpace((1, 4), (4, 8), input_quantizer="lsq+"),
+}
+
+
+def _without_values(model: nn.Module) -> None:
+    """Every parameter and buffer as a fake tensor; within FakeTensorMode."""
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            module._parameters[name] = None if p is None else nn.Parameter(torch.empty(p.shape, dtype=p.dtype))
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
+@pytest.mark.parametrize("mode", ["relaxed", "sampled", "fixed"])
+@pytest.mark.parametrize("name", SPACES)
+def test_nothing_in_an_update_waits_for_the_device(name: str, mode: str, recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fake tensors have no values: whatever reads one back to the host raises. That is what a recorded update must not do."""
+    model = prepare(resnet8(), SPACES[name], rules={"conv1": None}, example_inputs=torch.rand(2, 3, 16, 16)).train()
+    qprune.calibrate(model, [torch.rand(4, 3, 16, 16)])
+    set_gates(model, mode)
+    for module in model.modules():
+        if isinstance(module, MixedConv2d):
+            module.recompute = recompute
+    constant.cache_clear()
+    with FakeTensorMode():
+        _without_values(model)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "tensor", lambda value, device=None: value)  # the optimizers' constructors do look at their rates
+            optimizers = Optimizers(model, total=10, recordable=True)
+        for optimizer in optimizers._all().values():
+            for group in optimizer.param_groups:
+                group["lr"] = torch.full((), 0.01)
+        optimizers.schedule(0)
+        method = EdMIPS(model, Constraint({"bops": 1e6}), optimizers, "product", StandIn(torch.device("cpu")))
+        batch = (torch.empty(4, 3, 16, 16), torch.zeros(4, dtype=torch.int64))
+        values = method.update(_loss, batch)
+        assert values.shape == (3,)
+        with pytest.raises(DataDependentOutputException):
+            values.tolist()
+    constant.cache_clear()
 
 
 @pytest.mark.skipif(GPU, reason="there is a GPU")
