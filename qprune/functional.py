@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qprune.constants import constant
 from qprune.convolution import joint_conv2d
 from qprune.kernels import IDENTITY, ConvGeometry, InputError, routes
 from qprune.kernels import mix_quantize as _mix_quantize
@@ -167,7 +166,8 @@ def mixed_conv2d(
     choice = None
     if form == "sampled":
         rows = p.expand(weight.size(0), -1)
-        choice = torch.zeros_like(rows[:, :k_a]).index_add(1, constant(tuple(which), torch.int64, p.device), rows).argmax(1)
+        chosen = [torch.stack([rows[:, k] for k, j in enumerate(which) if j == m]).sum(0) for m in range(k_a)]
+        choice = torch.stack(chosen, dim=1).argmax(1)
     one = torch.ones(1, k_a, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
     n, z = _steps(a.steps, a.zero_point, k_a, "mixed_conv2d")
     beta, r = (t.to(one.dtype).view(1, k_a) for t in (a.offset, a.range))

@@ -96,3 +96,13 @@ def test_one_row_of_coefficients_and_ranges_for_the_layer() -> None:
 def test_refuses(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         mixed_conv2d(**{**_problem(), "p": torch.full((6,), 1 / 6), **changes})
+
+
+@pytest.mark.parametrize("form", ["shared", "joint", "sampled"])
+def test_compiles_as_one_graph(form: str) -> None:
+    problem = _problem()
+    p = torch.randn(8, 2 if form == "shared" else 6).softmax(1)
+    p = F.one_hot(p.argmax(1), 6).double() if form == "sampled" else p
+    extra = {"a_p": torch.randn(3).softmax(0)} if form == "shared" else {}
+    compiled = torch.compile(lambda: mixed_conv2d(p=p, form=form, **extra, **problem), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(), mixed_conv2d(p=p, form=form, **extra, **problem))
