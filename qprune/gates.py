@@ -84,16 +84,16 @@ class Constant(nn.Module):
 
 
 def probabilities(members: Sequence[Gate | Constant]) -> list[Tensor]:
-    """p of many gates, [1 or C, K] each: what calling them one by one gives, in a few operations for all that have the same K and mode."""
-    alike: dict[tuple[int, str], list[int]] = {}
+    """p of many gates, [1 or C, K] each: what calling them one by one gives, in a few operations for all of the same K, mode and device."""
+    alike: dict[tuple[int, str, torch.device], list[int]] = {}
     found: list[Tensor | None] = [None] * len(members)
     for i, gate in enumerate(members):
         if isinstance(gate, Constant) or gate.mode == "fixed":
             p = gate()
             found[i] = p if p.dim() == 2 else p.unsqueeze(0)
         else:
-            alike.setdefault((gate.logits.size(-1), gate.mode), []).append(i)
-    for (k, mode), picks in alike.items():
+            alike.setdefault((gate.logits.size(-1), gate.mode, gate.logits.device), []).append(i)
+    for (k, mode, _), picks in alike.items():
         chosen = [gate for gate in (members[i] for i in picks) if isinstance(gate, Gate)]
         logits = [gate.logits.view(-1, k) for gate in chosen]
         noise = torch.cat([gate.noise.view(-1, k) for gate in chosen])

@@ -97,10 +97,10 @@ class Quantizer(nn.Module):
 
 
 def learned_ranges(quantizers: Sequence[Quantizer]) -> list[Tensor]:
-    """`learned_range` of many quantizers, in a few operations for all that have the same K."""
-    alike: dict[int, list[int]] = {}
+    """`learned_range` of many quantizers, in a few operations for all of the same K and device."""
+    alike: dict[tuple[int, torch.device], list[int]] = {}
     for i, quantizer in enumerate(quantizers):
-        alike.setdefault(len(quantizer.bits), []).append(i)
+        alike.setdefault((len(quantizer.bits), quantizer.log_range.device), []).append(i)
     found: dict[int, Tensor] = {}
     for picks in alike.values():
         rows = [quantizers[i].log_range for i in picks]

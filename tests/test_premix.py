@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qprune import Budget, Search, SearchSpace, prepare
 from qprune.gates import Gate, gates, probabilities, sample_gates, set_gates
 from qprune.nn.premix import Premix
-from qprune.quantizers import Quantizer, learned_ranges
+from qprune.quantizers import Quantizer, WeightQuantizer, learned_ranges
 from qprune.tasks.mobilenet import mobilenet
 from qprune.tasks.models import resnet8
 
@@ -156,3 +156,11 @@ def test_probabilities_and_ranges_of_many() -> None:
     quantizers = [q for q in model.modules() if isinstance(q, Quantizer)]
     for quantizer, r in zip(quantizers, learned_ranges(quantizers), strict=True):
         assert torch.equal(r, quantizer.learned_range())
+
+
+def test_members_on_several_devices() -> None:
+    """The meta device stands for a second one. A network spread over several has its parts evaluated apart."""
+    devices = [torch.device(name) for name in ("cpu", "meta", "cpu")]
+    assert [p.device for p in probabilities([Gate(3, 4, device) for device in devices])] == devices
+    quantizers = [WeightQuantizer("lsq", (2, 4), 3, device) for device in devices]
+    assert [r.device for r in learned_ranges(quantizers)] == devices
