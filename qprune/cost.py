@@ -4,17 +4,18 @@ searched."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from qprune.constants import constant
-from qprune.conventions import CONVENTIONS, Convention
+from qprune.conventions import CONVENTIONS, Convention, Inputs
 from qprune.errors import BudgetError, InputError
-from qprune.geometry import ExampleInputs, Geometry, LayerGeometry, trace_geometry, weighted_layers
+from qprune.geometry import ExampleInputs, Geometry, LayerGeometry, Unit, trace_geometry, weighted_layers
 from qprune.nn.mixing import Mixing
 from qprune.nn.quantizing import Quantizing
+from qprune.nn.unit import UnitLayer
 from qprune.policy import Policy
 from qprune.record import record_of, unwrap
 from qprune.space import FLOAT, PRUNED
@@ -22,11 +23,16 @@ from qprune.space import FLOAT, PRUNED
 
 @dataclass(frozen=True)
 class Choice:
-    """The distribution over (weight bits, activation bits) of one layer: p [F, K_w, K_a], or [1, K_w, K_a] if all filters share it."""
+    """The distribution over (weight bits, activation bits) of one layer: p [F, K_w, K_a], or [1, K_w, K_a] if all filters share it.
+
+    out_bits, out_p  bits of the activation that the layer produces, where it is quantized there, and their distribution [F or 1, K_o]
+    """
 
     w_bits: tuple[int, ...]
     a_bits: tuple[int, ...]
     p: Tensor
+    out_bits: tuple[int, ...] = ()
+    out_p: Tensor | None = None
 
     def pruned(self) -> Tensor:
         """The probability of 0 bits per filter, [F] or [1]."""
@@ -97,7 +103,7 @@ def cost(
             geometry = policy.geometry
         return evaluate(geometry, policy_choices(geometry, policy), CONVENTIONS[convention])
     assert isinstance(model_or_policy, nn.Module)
-    return evaluate(geometry, model_choices(unwrap(model_or_policy)), CONVENTIONS[convention])
+    return evaluate(geometry, model_choices(unwrap(model_or_policy), geometry.units), CONVENTIONS[convention])
 
 
 def geometry_of(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Geometry:
@@ -107,36 +113,59 @@ def geometry_of(model: nn.Module, example_inputs: ExampleInputs | None = None) -
         return record.geometry
     if example_inputs is None:
         raise InputError("the model's geometry is unknown: pass example_inputs here, or to qprune.prepare")
-    groups = record.geometry.groups if record is not None and record.geometry is not None else ()
-    return Geometry(trace_geometry(unwrap(model), example_inputs), groups)
+    traced = Geometry(trace_geometry(unwrap(model), example_inputs))
+    return traced if record is None or record.geometry is None else replace(record.geometry, layers=traced.layers)
 
 
-def model_choices(model: nn.Module) -> dict[str, Choice]:
-    """The present distribution of every layer that is not float."""
+def model_choices(model: nn.Module, units: Mapping[str, Unit] | None = None) -> dict[str, Choice]:
+    """The present distribution of every layer that is not float. units: of the network's geometry, if activations are quantized by their
+    producers."""
     choices = {}
+    produced = {name: module.channel_bits for name, module in model.named_modules() if hasattr(module, "channel_bits")}
     for name, layer in weighted_layers(model):
         if isinstance(layer, Mixing):
             choices[name] = Choice(layer.space.w_bits, layer.space.a_bits, layer.filter_probabilities().double())
+        elif isinstance(layer, UnitLayer):
+            choices[name] = _unit_choice(layer)
         elif isinstance(layer, Quantizing):
-            choices[name] = Choice(layer.weight_quantizer.bits, (layer.a_bits,), layer.one_hot.double().unsqueeze(2))
+            activation = (units or {}).get(name, Unit()).activation
+            out = one_hot(produced[activation]) if activation in produced else ((), None)
+            choices[name] = Choice(layer.weight_quantizer.bits, (layer.a_bits,), layer.one_hot.double().unsqueeze(2), *out)
     return choices
+
+
+def _unit_choice(layer: UnitLayer) -> Choice:
+    """What a unit's gate expects: every filter chooses by the same probabilities."""
+    p = layer.gate.distribution().double()
+    weights, outputs = (tuple(dict.fromkeys(side)) for side in zip(*layer.candidates, strict=True))
+    w, a = (
+        constant(tuple(float(pair[side] == b) for pair in layer.candidates for b in distinct), p.dtype, p.device).view(-1, len(distinct))
+        for side, distinct in enumerate((weights, outputs))
+    )
+    out = (outputs, (p @ a).unsqueeze(0)) if layer.produces else ((), None)
+    return Choice(weights, (layer.input_bits,), (p @ w).view(1, -1, 1), *out)
+
+
+def one_hot(bits: int | tuple[int, ...]) -> tuple[tuple[int, ...], Tensor]:
+    """(distinct bits, one-hot [F, K]), or [1, 1] where all filters share them."""
+    if isinstance(bits, int):
+        return (bits,), torch.ones(1, 1, dtype=torch.float64)
+    distinct = tuple(sorted(set(bits)))
+    return distinct, torch.tensor([[float(b == d) for d in distinct] for b in bits], dtype=torch.float64)
 
 
 def policy_choices(geometry: Geometry, policy: Policy) -> dict[str, Choice]:
     """A policy as one-hot distributions."""
     choices = {}
     for name, bits in policy.layers.items():
-        if isinstance(bits.w_bits, int):
-            choices[name] = Choice((bits.w_bits,), (bits.a_bits,), torch.ones(1, 1, 1, dtype=torch.float64))
-            continue
-        distinct = tuple(sorted(set(bits.w_bits)))
-        p = torch.tensor([[float(b == d) for d in distinct] for b in bits.w_bits], dtype=torch.float64)
-        choices[name] = Choice(distinct, (bits.a_bits,), p.unsqueeze(2))
+        w_bits, p = one_hot(bits.w_bits)
+        out = ((), None) if bits.out_bits is None else one_hot(bits.out_bits)
+        choices[name] = Choice(w_bits, (bits.a_bits,), p.unsqueeze(2), *out)
     return choices
 
 
 def kept_inputs(geometry: Geometry, pruned: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """For every layer that reads prunable channels: the expected number of input channels that are still there, per convolution group.
+    """For every layer that reads prunable channels: the probability that each of its input channels is still there, [channels].
 
     pruned  probability of 0 bits per filter, [F] or [1], of the layers that have that candidate
     """
@@ -154,14 +183,27 @@ def kept_inputs(geometry: Geometry, pruned: Mapping[str, Tensor]) -> dict[str, T
             index, row = (constant(column, torch.int64, gone.device) for column in zip(*pairs, strict=True))
             source = gone[row]
             kept[name] = kept.get(name, source.new_ones(geometry.layers[name].channels)).index_add(0, index, -source)
-    return {name: channels.view(geometry.layers[name].groups, -1).sum(1) for name, channels in kept.items()}
+    return kept
+
+
+def _produced_bits(geometry: Geometry, choices: Mapping[str, Choice], name: str) -> tuple[tuple[int, ...], Tensor] | None:
+    """(bits, distribution [channels, K]) of the input of a layer that does not quantize it but reads a quantized activation; else None."""
+    source = choices.get(geometry.units.get(name, Unit()).source or "")
+    if source is None or source.out_p is None or (name in choices and choices[name].a_bits != (FLOAT,)):
+        return None
+    layer = geometry.layers[name]
+    rows = source.out_p if source.out_p.size(0) > 1 else source.out_p.expand(layer.channels, -1)
+    return source.out_bits, rows.repeat_interleave(layer.channels // rows.size(0), 0)
 
 
 def evaluate(geometry: Geometry, choices: Mapping[str, Choice], convention: Convention) -> Cost:
     """The expected cost of independent layer choices: exact for one-hot ones."""
     pruned = {name: choice.pruned() for name, choice in choices.items() if PRUNED in choice.w_bits and name in geometry.layers}
     kept = kept_inputs(geometry, pruned)
-    rows = [layer_cost(layer, choices.get(name, FLOAT_CHOICE), kept.get(name), convention) for name, layer in geometry.layers.items()]
+    rows = [
+        layer_cost(layer, choices.get(name, FLOAT_CHOICE), kept.get(name), convention, _produced_bits(geometry, choices, name))
+        for name, layer in geometry.layers.items()
+    ]
     if not rows:
         raise BudgetError("the network has no convolution or linear layer: there is nothing to cost")
     device = next((choice.p.device for choice in choices.values()), FLOAT_CHOICE.p.device)  # layers left float are costed on the CPU
@@ -170,24 +212,52 @@ def evaluate(geometry: Geometry, choices: Mapping[str, Choice], convention: Conv
     return Cost(bops, macs, size, overhead, tuple(rows))
 
 
-def layer_cost(layer: LayerGeometry, choice: Choice, kept: Tensor | None, convention: Convention) -> LayerCost:
-    """One layer's expected cost; kept = the input channels that are there, per convolution group (None: all)."""
+def layer_cost(
+    layer: LayerGeometry,
+    choice: Choice,
+    kept: Tensor | None,
+    convention: Convention,
+    produced: tuple[tuple[int, ...], Tensor] | None = None,
+) -> LayerCost:
+    """One layer's expected cost.
+
+    kept      probability that each input channel is there, [channels] (None: all are)
+    produced  bits of the input channels and their distribution [channels, K], where the producer chose them (None: the layer's a_bits)
+    """
     p, device = choice.p, choice.p.device
     w = constant(choice.w_bits, torch.float64, device).view(1, -1, 1)
     a = constant(choice.a_bits, torch.float64, device).view(1, 1, -1)
-    if kept is None:
-        kept = constant((float(layer.inputs),), torch.float64, device)
-    inputs = kept.double().view(-1, 1, 1)
-    sharing = layer.filters // len(inputs)
-    mass = p.view(len(inputs), sharing, *p.shape[1:]).sum(1) if p.size(0) > 1 else p * sharing
-    alive = (w > 0) & (a > 0)
-    unit = convention(layer, w, a, inputs)
-    bops = layer.positions * (mass * torch.where(alive, unit, 0.0)).sum()
-    weights = mass * inputs * layer.kernel
+    if kept is not None:
+        there = kept.double().view(layer.groups, -1)
+    elif produced is not None:
+        there = torch.ones(layer.groups, layer.inputs, dtype=torch.float64, device=device)
+    else:
+        there = constant((float(layer.inputs),), torch.float64, device).view(1, 1)  # the groups are alike
+    count = there.sum(1).view(-1, 1, 1)
+    sharing = layer.filters // len(count)
+    mass = p.view(len(count), sharing, *p.shape[1:]).sum(1) if p.size(0) > 1 else p * sharing
+    inputs, a_bits = Inputs.alike(count, a), (mass * a).sum() / mass.sum().clamp_min(1e-12)
+    if produced is not None:
+        inputs = _mixed_inputs(there, *produced)
+        a_bits = inputs.bits.sum() / count.sum().clamp_min(1e-12)
+    alive = (w > 0) & (inputs.bits > 0)
+    bops = layer.positions * (mass * torch.where(alive, convention(layer, w, inputs), 0.0)).sum()
+    weights = mass * count * layer.kernel
     macs = layer.positions * (weights * alive).sum()
     size = (weights * w).sum()
-    total = mass.sum().clamp_min(1e-12)
-    return LayerCost(layer.name, bops, macs, size, (mass * w).sum() / total, (mass * a).sum() / total)
+    return LayerCost(layer.name, bops, macs, size, (mass * w).sum() / mass.sum().clamp_min(1e-12), a_bits)
+
+
+def _mixed_inputs(there: Tensor, bits: tuple[int, ...], q: Tensor) -> Inputs:
+    """The inputs [groups, 1, 1] of filters whose channels, there with probability [groups, inputs], have bits distributed as q
+    [channels, K]."""
+    a = constant(bits, torch.float64, q.device)
+    q = q.double()
+    levels = 2.0**a - 1
+    mean, square = q @ levels, q @ levels.square()
+    rows = [q @ a * there.flatten(), mean * there.flatten(), (square - mean.square()).clamp_min(0) * there.flatten()]
+    total, summed, variance = (row.view(there.shape).sum(1).view(-1, 1, 1) for row in rows)
+    return Inputs(there.sum(1).view(-1, 1, 1), total, summed, variance)
 
 
 def _overhead(layer: LayerGeometry, choice: Choice) -> int:

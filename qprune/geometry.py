@@ -68,11 +68,29 @@ class ChannelGroup:
 
 
 @dataclass(frozen=True)
+class Unit:
+    """What stands between a layer and the readers of its activation; needed where activations are quantized by their producer.
+
+    norm        the BatchNorm2d that gets exactly this layer's output
+    activation  the rectifier that its output, normalised or not, feeds directly or through additions; None if there is none, or if another
+                branch of an addition owns it
+    source      the layer whose activation this layer reads, through pooling or flattening; None for the network's input and for what no
+                rectifier made. Input channel i is made of filter i · filters / channels of the source
+    """
+
+    norm: str | None = None
+    activation: str | None = None
+    source: str | None = None
+
+
+@dataclass(frozen=True)
 class Geometry:
-    """All layers in the order of their first use, and the channel groups that tie them (empty where they could not be traced)."""
+    """All layers in the order of their first use, the channel groups that tie them (empty where they could not be traced), and, where
+    activations may be quantized by their producers, the unit of every layer."""
 
     layers: dict[str, LayerGeometry]
     groups: tuple[ChannelGroup, ...] = field(default=())
+    units: Mapping[str, Unit] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
@@ -81,7 +99,8 @@ class Geometry:
         return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_json(self) -> dict[str, Any]:
-        return {"layers": [asdict(layer) for layer in self.layers.values()], "groups": [asdict(group) for group in self.groups]}
+        data = {"layers": [asdict(layer) for layer in self.layers.values()], "groups": [asdict(group) for group in self.groups]}
+        return data | ({"units": {name: asdict(unit) for name, unit in self.units.items()}} if self.units else {})
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Geometry:
@@ -94,7 +113,7 @@ class Geometry:
             )
             for row in data["groups"]
         )
-        return cls(layers, groups)
+        return cls(layers, groups, {name: Unit(**unit) for name, unit in data.get("units", {}).items()})
 
 
 def run(model: nn.Module, example_inputs: ExampleInputs) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 from qprune.errors import CheckpointError, PolicyMismatchError, SpaceError
 from qprune.files import write_atomically
-from qprune.geometry import Geometry
+from qprune.geometry import Geometry, Unit
 from qprune.space import FLOAT, PRUNED, check_bits
 
 FORMAT = 1
@@ -18,36 +18,48 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class LayerBits:
-    """w_bits: one int, or one per filter; a_bits: one int."""
+    """w_bits    of the weight: one int, or one per filter
+    a_bits    of the input, which the layer quantizes: one int; 32 where it does not
+    out_bits  of the layer's activation, which is quantized where it is produced: one int, or one per filter; None where it is not
+    """
 
     w_bits: int | tuple[int, ...]
     a_bits: int
+    out_bits: int | tuple[int, ...] | None = None
 
     def per_filter(self, filters: int) -> tuple[int, ...]:
         return (self.w_bits,) * filters if isinstance(self.w_bits, int) else self.w_bits
+
+    def to_json(self) -> dict[str, Any]:
+        listed = {name: list(bits) if isinstance(bits, tuple) else bits for name, bits in vars(self).items()}
+        return {name: bits for name, bits in listed.items() if bits is not None}
 
 
 def _layer_bits(name: str, value: Any) -> LayerBits:
     try:
         if isinstance(value, LayerBits):
-            w, a = value.w_bits, value.a_bits
+            w, a, out = value.w_bits, value.a_bits, value.out_bits
         else:
-            w, a = (value["w_bits"], value["a_bits"]) if isinstance(value, Mapping) else value
+            w, a, out = (value["w_bits"], value["a_bits"], value.get("out_bits")) if isinstance(value, Mapping) else (*value, None)
     except (KeyError, TypeError, ValueError):
         raise PolicyMismatchError(f"layer {name}: expected w_bits and a_bits, got {value!r}") from None
     try:
         check_bits("a_bits", (a,))
-        check_bits("w_bits", w if isinstance(w, int) else sorted(set(w)))
+        for key, bits in (("w_bits", w), *([("out_bits", out)] if out is not None else [])):
+            check_bits(key, bits if isinstance(bits, int) else sorted(set(bits)))
+        if out is not None and PRUNED in ((out,) if isinstance(out, int) else out):
+            raise SpaceError("out_bits: 0 is not possible; a filter is pruned by its w_bits")
     except (SpaceError, TypeError) as error:
         raise PolicyMismatchError(f"layer {name}: {error}") from None
-    return LayerBits(w if isinstance(w, int) else tuple(w), a)
+    return LayerBits(w if isinstance(w, int) else tuple(w), a, out if out is None or isinstance(out, int) else tuple(out))
 
 
 @dataclass(frozen=True)
 class Policy:
     """The bits of every layer that is quantized; layers that are not named stay float.
 
-    layers    {layer name: LayerBits, or {"w_bits": …, "a_bits": …}, or (w_bits, a_bits)}
+    layers    {layer name: LayerBits, or {"w_bits": …, "a_bits": …}, or (w_bits, a_bits)}; "out_bits" where an activation is quantized
+              by its producer
     geometry  of the network it was made for (None: it cannot be costed on its own)
 
     Raises PolicyMismatchError for bits that do not exist, layers that the geometry lacks, and per-filter lists of the wrong length.
@@ -71,8 +83,11 @@ class Policy:
             if name not in geometry.layers:
                 raise PolicyMismatchError(f"the policy names layer {name!r}, which this network does not have")
             filters = geometry.layers[name].filters
-            if not isinstance(bits.w_bits, int) and len(bits.w_bits) != filters:
-                raise PolicyMismatchError(f"layer {name}: the policy has w_bits for {len(bits.w_bits)} filters, the layer has {filters}")
+            for key, listed in (("w_bits", bits.w_bits), ("out_bits", bits.out_bits)):
+                if isinstance(listed, tuple) and len(listed) != filters:
+                    raise PolicyMismatchError(f"layer {name}: the policy has {key} for {len(listed)} filters, the layer has {filters}")
+            if bits.out_bits is not None and geometry.units.get(name, Unit()).activation is None:
+                raise PolicyMismatchError(f"layer {name}: the policy has out_bits, but no activation is known that this layer produces")
 
     @classmethod
     def uniform(cls, geometry: Geometry, w_bits: int, a_bits: int, fixed: Mapping[str, LayerBits | None] | None = None) -> Policy:
@@ -91,10 +106,7 @@ class Policy:
         return {name: [f for f, b in enumerate(row) if b == PRUNED] for name, row in rows.items() if PRUNED in row}
 
     def to_json(self) -> str:
-        layers = {
-            name: {"w_bits": bits.w_bits if isinstance(bits.w_bits, int) else list(bits.w_bits), "a_bits": bits.a_bits}
-            for name, bits in self.layers.items()
-        }
+        layers = {name: bits.to_json() for name, bits in self.layers.items()}
         data: dict[str, Any] = {"format": FORMAT, "fingerprint": None, "layers": layers}
         if self.geometry is not None:
             data |= {"fingerprint": self.geometry.fingerprint, "geometry": self.geometry.to_json()}

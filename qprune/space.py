@@ -11,8 +11,11 @@ from qprune.errors import SpaceError
 PRUNED, FLOAT = 0, 32
 BITS = (PRUNED, *range(1, 9), FLOAT)
 GRANULARITIES = ("layer", "filter")
-WEIGHT_QUANTIZERS = ("lsq", "symmetric", "dorefa")
-INPUT_QUANTIZERS = ("pact", "lsq+")
+PLACEMENTS = ("input", "output")
+WEIGHT_QUANTIZERS = ("lsq", "symmetric", "dorefa", "nice", "uniq")
+INPUT_QUANTIZERS = ("pact", "lsq+", "nice", "uniq")
+_NEEDS_PRODUCER = {"nice", "uniq"}  # activation quantizers that need what an activation is made of
+_LEAST_BITS = {"nice": 2, "uniq": 1}  # least bits of weights
 
 
 def check_bits(name: str, bits: Any) -> tuple[int, ...]:
@@ -59,9 +62,14 @@ class SearchSpace:
     pairs             joint candidates (w, a), instead of every weight choice with every activation choice; sets w_bits and a_bits
     joint             True: joint candidates made of all pairs of w_bits x a_bits
     weight_quantizer  "lsq" (two's complement, 1902.08153), "symmetric" (zero-centred, 2^b − 1 levels), "dorefa" (2^b levels, none at
-                      zero, 1606.06160)
-    input_quantizer   "pact" (learned clip, 1805.06085), "lsq+" (learned clip and offset, 2004.09576)
+                      zero, 1606.06160), "nice" (as symmetric, one clip per layer that is not learned, 1810.00162), "uniq" (k-quantiles,
+                      1804.10969)
+    input_quantizer   "pact" (learned clip, 1805.06085), "lsq+" (learned clip and offset, 2004.09576), "nice" (clip that is not learned),
+                      "uniq"
     scales            weight scales: one per "filter" or one per "layer"
+    placement         "input": a layer quantizes its own input; "output": its activation is quantized where it is produced, behind the
+                      normalisation and a residual addition, with bits per output filter (Zur et al., 1904.09872). Candidates are then pairs
+    shared_weights    with placement "output": False gives every candidate a weight, normalisation and clip of its own
 
     Raises SpaceError for anything else.
     """
@@ -74,6 +82,8 @@ class SearchSpace:
     weight_quantizer: str = "lsq"
     input_quantizer: str = "pact"
     scales: str = "filter"
+    placement: str = "input"
+    shared_weights: bool = True
     candidates: tuple[tuple[int, int], ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -84,11 +94,36 @@ class SearchSpace:
         self._set(w_bits=check_bits("w_bits", self.w_bits), a_bits=check_bits("a_bits", self.a_bits))
         if not isinstance(self.joint, bool):
             raise SpaceError(f"joint: expected True or False, got {self.joint!r}")
+        if not isinstance(self.shared_weights, bool):
+            raise SpaceError(f"shared_weights: expected True or False, got {self.shared_weights!r}")
+        _one_of("placement", self.placement, PLACEMENTS)
         _one_of("granularity", self.granularity, GRANULARITIES)
         _one_of("scales", self.scales, GRANULARITIES)
         _one_of("weight_quantizer", self.weight_quantizer, WEIGHT_QUANTIZERS)
         _one_of("input_quantizer", self.input_quantizer, INPUT_QUANTIZERS)
+        self._check_placement()
         self._set(candidates=self.pairs or tuple((w, a) for w in self.w_bits for a in self.a_bits))
+
+    def _check_placement(self) -> None:
+        least = _LEAST_BITS.get(self.weight_quantizer, PRUNED)
+        low = [b for b in self.w_bits if b < least]
+        if low:
+            raise SpaceError(f"w_bits: {self.weight_quantizer} weights need at least {least} bits, got {low[0]}; leave that candidate out")
+        if self.placement == "input":
+            if self.input_quantizer in _NEEDS_PRODUCER or self.weight_quantizer == "uniq":
+                name = "input_quantizer" if self.input_quantizer in _NEEDS_PRODUCER else "weight_quantizer"
+                raise SpaceError(f"{name}: {getattr(self, name)!r} needs placement='output'")
+            if not self.shared_weights:
+                raise SpaceError("shared_weights: False needs placement='output'")
+            return
+        if self.input_quantizer == "lsq+":
+            raise SpaceError("input_quantizer: 'lsq+' learns an offset for inputs; with placement='output' use nice, pact or uniq")
+        for name, bits in (("w_bits", self.w_bits), ("a_bits", self.a_bits)):
+            if PRUNED in bits:
+                raise SpaceError(
+                    f"{name}: 0 bits (pruned) is no candidate with placement='output'; use placement='input' or method slimmable"
+                )
+        self._set(joint=True)
 
     def _set(self, **values: Any) -> None:
         for name, value in values.items():

@@ -35,8 +35,8 @@ from qprune.space import BITS, SearchSpace, check_bits
         ({"granularity": "channel"}, r"granularity: expected one of layer, filter, got 'channel'"),
         ({"granularity": None}, r"granularity: expected one of layer, filter, got None"),
         ({"scales": "tensor"}, r"scales: expected one of layer, filter, got 'tensor'"),
-        ({"weight_quantizer": "lsq+"}, r"weight_quantizer: expected one of lsq, symmetric, dorefa, got 'lsq\+'"),
-        ({"input_quantizer": "lsq"}, r"input_quantizer: expected one of pact, lsq\+, got 'lsq'"),
+        ({"weight_quantizer": "lsq+"}, r"weight_quantizer: expected one of lsq, symmetric, dorefa, nice, uniq, got 'lsq\+'"),
+        ({"input_quantizer": "lsq"}, r"input_quantizer: expected one of pact, lsq\+, nice, uniq, got 'lsq'"),
         ({"joint": "yes"}, r"joint: expected True or False, got 'yes'"),
         ({"pairs": ()}, r"pairs: expected \(weight bits, activation bits\) like .*, got \(\)"),
         ({"pairs": 4}, r"pairs: expected \(weight bits, activation bits\) like .*, got 4"),
@@ -47,6 +47,14 @@ from qprune.space import BITS, SearchSpace, check_bits
         ({"pairs": ("24",)}, r"pairs: expected bits from .*, got '2'"),
         ({"pairs": ((2, 4), (4, 17))}, r"pairs: expected bits from .*, got 17"),
         ({"pairs": ((2, 4), (2, 4))}, r"pairs: expected every candidate once, got \(\(2, 4\), \(2, 4\)\)"),
+        ({"placement": "middle"}, r"placement: expected one of input, output, got 'middle'"),
+        ({"input_quantizer": "nice"}, r"input_quantizer: 'nice' needs placement='output'"),
+        ({"weight_quantizer": "uniq"}, r"weight_quantizer: 'uniq' needs placement='output'"),
+        ({"shared_weights": False}, r"shared_weights: False needs placement='output'"),
+        ({"shared_weights": 1}, r"shared_weights: expected True or False, got 1"),
+        ({"placement": "output", "input_quantizer": "lsq+"}, r"input_quantizer: 'lsq\+' learns an offset for inputs; .*"),
+        ({"placement": "output", "w_bits": (0, 4)}, r"w_bits: 0 bits \(pruned\) is no candidate with placement='output'; .*"),
+        ({"weight_quantizer": "nice", "w_bits": (1, 4)}, r"w_bits: nice weights need at least 2 bits, got 1; leave that candidate out"),
     ],
 )
 def test_refuses(options: dict[str, Any], message: str) -> None:
@@ -87,8 +95,8 @@ def test_layers_refuse_the_same(make: Any) -> None:
         ({"w_bits": 2.0}, r"w_bits: expected bits from .*, got 2\.0"),
         ({"a_bits": 9}, r"a_bits: expected bits from .*, got 9"),
         ({"a_bits": (4, 8)}, r"a_bits: expected one int, got \(4, 8\)"),
-        ({"weight_quantizer": "lsqq"}, r"weight_quantizer: expected one of lsq, symmetric, dorefa, got 'lsqq'"),
-        ({"input_quantizer": "relu"}, r"input_quantizer: expected one of pact, lsq\+, got 'relu'"),
+        ({"weight_quantizer": "lsqq"}, r"weight_quantizer: expected one of lsq, symmetric, dorefa, nice, uniq, got 'lsqq'"),
+        ({"input_quantizer": "relu"}, r"input_quantizer: expected one of pact, lsq\+, nice, uniq, got 'relu'"),
         ({"scales": "row"}, r"scales: expected one of layer, filter, got 'row'"),
     ],
 )
@@ -100,7 +108,7 @@ def test_fixed_layers_refuse(make: Any, options: dict[str, Any], message: str) -
 def test_activation_refuses() -> None:
     with pytest.raises(SpaceError, match=r"^a_bits: expected bits from .*, got 10$"):
         MixedActivation((2, 10))
-    with pytest.raises(SpaceError, match=r"^input_quantizer: expected one of pact, lsq\+, got 'x'$"):
+    with pytest.raises(SpaceError, match=r"^input_quantizer: expected one of pact, lsq\+, nice, uniq, got 'x'$"):
         MixedActivation((2, 4), input_quantizer="x")
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from qprune.conventions import CONVENTIONS
+from qprune.conventions import CONVENTIONS, Inputs
 from qprune.cost import FLOAT_CHOICE, Choice, evaluate, kept_inputs, layer_cost, policy_choices
 from qprune.geometry import Geometry, LayerGeometry
 from qprune.policy import LayerBits, Policy
@@ -237,14 +237,15 @@ class Pricing:
         layer, space = table.layer, table.space
         w = torch.tensor(space.w_bits, dtype=torch.float64).view(1, -1, 1)
         a = torch.tensor(space.a_bits, dtype=torch.float64).view(1, 1, -1)
-        inputs = torch.tensor([float(layer.inputs)]).double().view(-1, 1, 1) if kept is None else kept.double().view(-1, 1, 1)
+        there = torch.tensor([float(layer.inputs)]).double() if kept is None else kept.double().view(layer.groups, -1).sum(1)
+        count = there.view(-1, 1, 1)
         alive = (w > 0) & (a > 0)
         measures = {
-            "bops": layer.positions * torch.where(alive, self.convention(layer, w, a, inputs), 0.0),
-            "size_bits": layer.kernel * inputs * w * torch.ones_like(a),
-            "macs": layer.positions * layer.kernel * inputs * alive,
+            "bops": layer.positions * torch.where(alive, self.convention(layer, w, Inputs.alike(count, a)), 0.0),
+            "size_bits": layer.kernel * count * w * torch.ones_like(a),
+            "macs": layer.positions * layer.kernel * count * alive,
         }
-        shared = torch.stack([measures[name].expand(len(inputs), w.size(1), a.size(2)) for name in self.limits], dim=3)
-        per_filter = shared.repeat_interleave(layer.filters // len(inputs), dim=0)
+        shared = torch.stack([measures[name].expand(len(count), w.size(1), a.size(2)) for name in self.limits], dim=3)
+        per_filter = shared.repeat_interleave(layer.filters // len(count), dim=0)
         rows = per_filter if len(table.value) > 1 else per_filter.sum(0, keepdim=True)
         return np.asarray(rows)
