@@ -41,7 +41,7 @@ def save(model: nn.Module, path: str | Path) -> None:
     mixed = next((name for name, layer in weighted_layers(inner) if isinstance(layer, Mixing)), None)
     if mixed is not None:
         raise CheckpointError(f"save: layer {mixed!r} still has candidates; convert(model, policy) first, or save model.state_dict()")
-    quantizers = {name: layer.quantizer_names for name, layer in weighted_layers(inner) if isinstance(layer, Quantizing)}
+    quantizers = {name: layer.space.quantizers for name, layer in weighted_layers(inner) if isinstance(layer, Quantizing)}
     header = {"format": "qprune", "version": str(FORMAT), "policy": policy_of(model).to_json(), "quantizers": json.dumps(quantizers)}
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in inner.state_dict().items()}
     write_atomically(Path(path), to_bytes(tensors, header))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ GRANULARITIES = ("layer", "filter")
 PLACEMENTS = ("input", "output")
 WEIGHT_QUANTIZERS = ("lsq", "symmetric", "dorefa", "nice", "uniq")
 INPUT_QUANTIZERS = ("pact", "lsq+", "nice", "uniq")
+QUANTIZER_FIELDS = ("weight_quantizer", "input_quantizer", "scales", "placement", "shared_weights")
 _NEEDS_PRODUCER = {"nice", "uniq"}  # activation quantizers that need what an activation is made of
 _LEAST_BITS = {"nice": 2, "uniq": 1}  # least bits of weights
 
@@ -137,3 +138,19 @@ class SearchSpace:
     @property
     def is_fixed(self) -> bool:
         return len(self.candidates) == 1
+
+    @property
+    def own_input_quantizer(self) -> str:
+        """Of a layer that quantizes its own input: with placement "output" the image, which is no activation."""
+        return self.input_quantizer if self.placement == "input" else "pact"
+
+    @property
+    def quantizers(self) -> dict[str, Any]:
+        """The fields that say how bits are quantized, whichever are chosen."""
+        return {name: getattr(self, name) for name in QUANTIZER_FIELDS}
+
+
+def split_fields(options: Mapping[str, Any], names: Iterable[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Keyword arguments of a plain layer, and those named `names`, which are fields of a SearchSpace."""
+    fields = {name: options[name] for name in names if name in options}
+    return {name: value for name, value in options.items() if name not in fields}, fields

@@ -61,8 +61,8 @@ def test_round_trip(space: str, per_filter: bool, tmp_path: Path) -> None:
     assert policy_of(again) == policy_of(final)
     assert float(cost(again).bops) == float(cost(final).bops)
     assert again.state_dict().keys() == final.state_dict().keys()
-    names = {n: m.quantizer_names for n, m in final.named_modules() if hasattr(m, "quantizer_names")}
-    assert {n: m.quantizer_names for n, m in again.named_modules() if hasattr(m, "quantizer_names")} == names
+    names = {n: m.space.quantizers for n, m in final.named_modules() if hasattr(m, "space")}
+    assert {n: m.space.quantizers for n, m in again.named_modules() if hasattr(m, "space")} == names
 
 
 def test_second_generation_is_the_same_file(tmp_path: Path) -> None:

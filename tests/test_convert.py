@@ -143,10 +143,10 @@ def test_float_model() -> None:
     assert {name: type(layer) for name, layer in weighted_layers(final)} == {
         "conv1": QuantConv2d, "conv2": nn.Conv2d, "fc1": nn.Linear, "fc2": QuantLinear,
     }  # fmt: skip
-    assert final.conv1.quantizer_names["weight_quantizer"] == "symmetric"
+    assert final.conv1.space.weight_quantizer == "symmetric"
     assert final.conv1.weight_quantizer.log_range.shape == (1, 1)
     by_name = convert(net, policy, {"fc2": SearchSpace(input_quantizer="lsq+")})
-    assert (by_name.conv1.quantizer_names["input_quantizer"], by_name.fc2.quantizer_names["input_quantizer"]) == ("pact", "lsq+")
+    assert (by_name.conv1.space.input_quantizer, by_name.fc2.space.input_quantizer) == ("pact", "lsq+")
     assert final.train()(X).shape == (2, 10)
     assert type(convert(nn.Linear(3, 2), Policy({"": (4, 4)}))) is QuantLinear
 

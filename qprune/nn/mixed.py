@@ -14,7 +14,7 @@ from qprune.kernels import ConvGeometry, routes
 from qprune.nn.mixing import Mixing, check_input
 from qprune.nn.surgery import take_over
 from qprune.quantizers import InputQuantizer
-from qprune.space import FLOAT, SearchSpace
+from qprune.space import FLOAT, SearchSpace, split_fields
 
 
 class MixedConv2d(Mixing, nn.Conv2d):
@@ -31,7 +31,7 @@ class MixedConv2d(Mixing, nn.Conv2d):
     """
 
     def __init__(self, *args: Any, space: SearchSpace | None = None, **options: Any) -> None:
-        layer, fields = _split_options(options)
+        layer, fields = split_fields(options, _SPACE_FIELDS)
         nn.Conv2d.__init__(self, *args, **layer)
         self.setup_mixing(_chosen(space, fields))
 
@@ -76,7 +76,7 @@ class MixedLinear(Mixing, nn.Linear):
     """nn.Linear with candidate bits for its weight and its input; arguments and behaviour as MixedConv2d. Input [*, in_features]."""
 
     def __init__(self, *args: Any, space: SearchSpace | None = None, **options: Any) -> None:
-        layer, fields = _split_options(options)
+        layer, fields = split_fields(options, _SPACE_FIELDS)
         nn.Linear.__init__(self, *args, **layer)
         self.setup_mixing(_chosen(space, fields))
 
@@ -111,7 +111,7 @@ class MixedActivation(nn.Module):
         return self.quantizer(x, self.gate())  # type: ignore[no-any-return]
 
 
-_SPACE_FIELDS = frozenset(SearchSpace.__dataclass_fields__) - {"candidates"}
+_SPACE_FIELDS = tuple(name for name in SearchSpace.__dataclass_fields__ if name != "candidates")
 
 
 def _chosen(space: SearchSpace | None, fields: dict[str, Any]) -> SearchSpace:
@@ -120,9 +120,3 @@ def _chosen(space: SearchSpace | None, fields: dict[str, Any]) -> SearchSpace:
     if fields:
         raise SpaceError(f"space: give a SearchSpace or its fields, got both (space= and {', '.join(f'{name}=' for name in fields)})")
     return space
-
-
-def _split_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Keyword arguments of the plain layer, and those of SearchSpace."""
-    fields = {name: value for name, value in options.items() if name in _SPACE_FIELDS}
-    return {name: value for name, value in options.items() if name not in fields}, fields

@@ -12,27 +12,20 @@ from qprune.nn import integer
 from qprune.nn.mixing import Mixing, check_input
 from qprune.nn.quantizing import Quantizing
 from qprune.nn.surgery import plain, take_over
-from qprune.space import SearchSpace
+from qprune.space import QUANTIZER_FIELDS, SearchSpace, split_fields
 
 
 class QuantConv2d(Quantizing, nn.Conv2d):
     """nn.Conv2d on a quantized weight and a quantized input [N, C, H, W].
 
-    Takes nn.Conv2d's arguments, then w_bits (one int, or one per filter), a_bits, and the quantizers' names as in SearchSpace.
+    Takes nn.Conv2d's arguments, then w_bits (one int, or one per filter), a_bits, and the quantizers by the
+    fields of SearchSpace (weight_quantizer=, input_quantizer=, scales=).
     """
 
-    def __init__(
-        self,
-        *args: Any,
-        w_bits: int | Sequence[int] = 8,
-        a_bits: int = 8,
-        weight_quantizer: str = "lsq",
-        input_quantizer: str = "pact",
-        scales: str = "filter",
-        **layer: Any,
-    ) -> None:
+    def __init__(self, *args: Any, w_bits: int | Sequence[int] = 8, a_bits: int = 8, **options: Any) -> None:
+        layer, quantizers = split_fields(options, QUANTIZER_FIELDS)
         nn.Conv2d.__init__(self, *args, **layer)
-        self.setup_quantizing(w_bits, a_bits, weight_quantizer, input_quantizer, scales)
+        self.setup_quantizing(w_bits, a_bits, quantizers)
 
     def forward(self, input: Tensor) -> Tensor:
         check_input(self, input, (3, 4), self.in_channels, -3)
@@ -54,18 +47,10 @@ class QuantConv2d(Quantizing, nn.Conv2d):
 class QuantLinear(Quantizing, nn.Linear):
     """nn.Linear on a quantized weight and a quantized input [*, in_features]; arguments as QuantConv2d."""
 
-    def __init__(
-        self,
-        *args: Any,
-        w_bits: int | Sequence[int] = 8,
-        a_bits: int = 8,
-        weight_quantizer: str = "lsq",
-        input_quantizer: str = "pact",
-        scales: str = "filter",
-        **layer: Any,
-    ) -> None:
+    def __init__(self, *args: Any, w_bits: int | Sequence[int] = 8, a_bits: int = 8, **options: Any) -> None:
+        layer, quantizers = split_fields(options, QUANTIZER_FIELDS)
         nn.Linear.__init__(self, *args, **layer)
-        self.setup_quantizing(w_bits, a_bits, weight_quantizer, input_quantizer, scales)
+        self.setup_quantizing(w_bits, a_bits, quantizers)
 
     def forward(self, input: Tensor) -> Tensor:
         check_input(self, input, tuple(range(1, 9)), self.in_features, -1)
@@ -84,6 +69,6 @@ def fix_bits(layer: nn.Conv2d | nn.Linear, w_bits: int | Sequence[int], a_bits: 
     space = layer.space if isinstance(layer, Mixing) else space
 
     def setup(fixed: QuantConv2d | QuantLinear) -> None:
-        fixed.setup_quantizing(w_bits, a_bits, space.weight_quantizer, space.input_quantizer, space.scales, mixed)
+        fixed.setup_quantizing(w_bits, a_bits, space.quantizers, mixed)
 
     return take_over(cls, plain(layer), setup)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from qprune.errors import SpaceError
 from qprune.nn.mixing import QuantizedLayer
 from qprune.quantizers import InputQuantizer, Quantizer, WeightQuantizer
-from qprune.space import FLOAT, SearchSpace, check_bits
+from qprune.space import FLOAT, PRUNED, SearchSpace, check_bits
 
 
 class Quantizing(QuantizedLayer):
@@ -23,12 +23,13 @@ class Quantizing(QuantizedLayer):
     """
 
     one_hot: Tensor
-    quantizer_names: dict[str, str]
+    space: SearchSpace
 
-    def setup_quantizing(
-        self, w_bits: int | Sequence[int], a_bits: int, weight_quantizer: str, input_quantizer: str, scales: str, mixed: Any = None
-    ) -> None:
-        """Add quantizers for these bits; ranges come from `mixed`, the layer that was searched, where it is given."""
+    def setup_quantizing(self, w_bits: int | Sequence[int], a_bits: int, quantizers: Mapping[str, Any], mixed: Any = None) -> None:
+        """Add quantizers for these bits; ranges come from `mixed`, the layer that was searched, where it is given.
+
+        quantizers  fields of a SearchSpace (see SearchSpace.quantizers)
+        """
         filters, device = self.weight.size(0), self.weight.device
         per_filter = tuple(w_bits) if isinstance(w_bits, Sequence) else (w_bits,) * filters
         if len(per_filter) != filters:
@@ -36,13 +37,12 @@ class Quantizing(QuantizedLayer):
         if not isinstance(a_bits, int):
             raise SpaceError(f"a_bits: expected one int, got {a_bits!r}")
         distinct = tuple(sorted(check_bits("w_bits", tuple(dict.fromkeys(per_filter)))))
-        SearchSpace(distinct, (a_bits,), weight_quantizer=weight_quantizer, input_quantizer=input_quantizer, scales=scales)
+        self.space = space = SearchSpace(tuple(b for b in distinct if b != PRUNED) or distinct, (a_bits,), **quantizers)
         self.w_bits, self.a_bits = per_filter, a_bits
-        self.quantizer_names = {"weight_quantizer": weight_quantizer, "input_quantizer": input_quantizer, "scales": scales}
         rows = torch.tensor([distinct.index(b) for b in per_filter], device=device)
         self.register_buffer("one_hot", F.one_hot(rows, len(distinct)).to(torch.float32), persistent=False)
-        self.weight_quantizer = WeightQuantizer(weight_quantizer, distinct, filters if scales == "filter" else 1, device)
-        self.input_quantizer = InputQuantizer(input_quantizer, (self.a_bits,), device)
+        self.weight_quantizer = WeightQuantizer(space.weight_quantizer, distinct, filters if space.scales == "filter" else 1, device)
+        self.input_quantizer = InputQuantizer(space.own_input_quantizer, (self.a_bits,), device)
         self.weight_quantizer.start(self.weight)
         if mixed is not None:
             _copy_candidates(mixed.weight_quantizer, self.weight_quantizer)

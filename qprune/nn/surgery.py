@@ -11,7 +11,7 @@ from torch import Tensor, nn
 Layer = TypeVar("Layer", bound=nn.Module)
 _MODULES = ("weight_gate", "input_gate", "weight_quantizer", "input_quantizer")
 _BUFFERS = ("one_hot", "quantizer_of_pair")
-_SETTINGS = ("space", "picks", "pair_groups", "layer_name", "w_bits", "a_bits", "quantizer_names", "recompute")
+_SETTINGS = ("space", "picks", "pair_groups", "layer_name", "w_bits", "a_bits", "recompute")
 
 
 def copy_model(model: nn.Module) -> nn.Module:
