@@ -61,7 +61,7 @@ def search(
     overwrite: Overwrite = False,
 ) -> None:
     """Train a float network, search its bits within a budget, fine-tune, and compare with the uniform network of at least that cost."""
-    from qprune import study
+    from qprune import seeds as repeated
     from qprune.options import RunOptions
 
     _set_threads(threads)
@@ -70,7 +70,7 @@ def search(
         batch_size, lr, search_lr, finetune_lr, arch_lr, seed, seeds, convention,
     )  # fmt: skip
     with Bars(console, options.seeds) as bars:
-        result = study.run(options, out, bars, overwrite)
+        result = repeated.run(options, out, bars, overwrite)
     console.print(result_table(result))
     console.print(result["summary"]["verdict"])
     console.print(f"Report: {out / 'report.html'}")
@@ -90,7 +90,7 @@ def train(
 ) -> None:
     """Train a float network and save it as model.safetensors."""
     from qprune.checkpoint import save
-    from qprune.study import open_folder
+    from qprune.seeds import open_folder
     from qprune.tasks import data as tasks_data
     from qprune.tasks import models
     from qprune.tasks import train as training
