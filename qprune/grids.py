@@ -17,7 +17,7 @@ def weight_grid(kind: str, bits: int) -> tuple[float, float]:
         return (0.0, 0.0) if bits == PRUNED else (IDENTITY, 0.0)
     if bits == 1:
         return 1.0, 0.5
-    if kind == "symmetric":
+    if kind in ("symmetric", "nice"):
         return 2.0 * (2 ** (bits - 1) - 1), 2.0 ** (bits - 1) - 1
     n = 2.0**bits - 1
     return n, 2.0 ** (bits - 1) if kind == "lsq" else n / 2

@@ -34,32 +34,57 @@ class Candidates(NamedTuple):
     groups: list[int]
     pass_through: list[int]
 
-    def mix(self, x: Tensor, axis: int) -> Tensor:
-        """Σ_k p_k Q_k(x), the sums of several groups side by side along dimension 1."""
-        return mix_quantize(x, *self[:5], axis, *self[5:], None)
+    def mix(self, x: Tensor, axis: int, seed: Tensor | None = None) -> Tensor:
+        """Σ_k p_k Q_k(x), the sums of several groups side by side along dimension 1; with a seed [1], noise instead of rounding."""
+        return mix_quantize(x, *self[:5], axis, *self[5:], seed)
 
 
 class Quantizer(nn.Module):
+    """K candidate quantizers, and their weighted sum. bits: those of each, 0 … 8 or 32."""
+
+    def __init__(self, bits: Sequence[int]) -> None:
+        super().__init__()
+        self.bits = tuple(bits)
+
+    @property
+    def searched(self) -> list[int]:
+        """The candidates that do quantize."""
+        return [k for k, b in enumerate(self.bits) if b not in (PRUNED, FLOAT)]
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}"
+
+
+class RangeQuantizer(Quantizer):
     """K candidate quantizers with learned ranges, and their weighted sum as one fused pass.
 
-    log_range  [rows, K], the logarithm of r in the unit of the tensor: r stays positive, and its gradient is scale-free (LSQ divides the
-               gradient of the step by sqrt(N·n) instead). A parameter; a buffer where no candidate uses it, so that every parameter has a
-               gradient. Candidates of 0 and 32 bits have an entry that is never used.
+    log_range  [rows, K] (or [rows, 1], where all candidates share one), the logarithm of r in the unit of the tensor: r stays positive, and
+               its gradient is scale-free (LSQ divides the gradient of the step by sqrt(N·n) instead). A parameter; a buffer where it is not
+               learned or no candidate uses it, so that every parameter has a gradient. Candidates of 0 and 32 bits have an entry that is
+               never used.
     """
 
     log_range: Tensor
     unused: tuple[int, ...] = (PRUNED, FLOAT)
 
-    def __init__(self, bits: Sequence[int], grid: Sequence[tuple[float, float]], rows: int, device: torch.device | None) -> None:
-        super().__init__()
-        self.bits = tuple(bits)
+    def __init__(
+        self,
+        bits: Sequence[int],
+        grid: Sequence[tuple[float, float]],
+        rows: int,
+        device: torch.device | None,
+        columns: int | None = None,
+        learned: bool = True,
+    ) -> None:
+        super().__init__(bits)
+        self.learned = learned
         self.steps = [n for n, _ in grid]
         self.zero_point = [z for _, z in grid]
         self.pass_through = [0] * len(self.bits)
-        self._learn("log_range", torch.zeros(rows, len(self.bits), device=device))
+        self._learn("log_range", torch.zeros(rows, len(self.bits) if columns is None else columns, device=device))
 
     def _learn(self, name: str, value: Tensor) -> None:
-        if set(self.bits) <= set(self.unused):
+        if not self.learned or set(self.bits) <= set(self.unused):
             self.register_buffer(name, value)
         else:
             self.register_parameter(name, nn.Parameter(value))
@@ -80,21 +105,43 @@ class Quantizer(nn.Module):
         through, group = [self.pass_through[k] for k in picks], [0] * len(picks) if groups is None else list(groups)
         return Candidates(offset, r, p, steps, zero_point, group, through)
 
-    @property
-    def searched(self) -> list[int]:
-        """The candidates that do quantize."""
-        return [k for k, b in enumerate(self.bits) if b not in (PRUNED, FLOAT)]
-
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # A float network's state_dict knows nothing of quantizers: they are not reported as missing (the layer starts them anew).
         if f"{prefix}log_range" in state_dict:
             super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
-        return f"bits={self.bits}, rows={self.log_range.size(0)}"
+        return f"{super().extra_repr()}, rows={self.log_range.size(0)}"
 
 
-def learned_ranges(quantizers: Sequence[Quantizer]) -> list[Tensor]:
+class CalibratedQuantizer(RangeQuantizer):
+    """Quantizers whose ranges start from data.
+
+    calibrated  bool: no batch is needed any more. The buffer `started` holds the same for state_dict
+    """
+
+    started: Tensor
+
+    def _add_flag(self, device: torch.device | None) -> None:
+        self.calibrated = not self.searched
+        self.register_buffer("started", torch.full((), float(self.calibrated), device=device))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if f"{prefix}started" in state_dict:
+            self.calibrated = not self.searched or bool(state_dict[f"{prefix}started"])
+
+    def _mark_calibrated(self) -> None:
+        self.calibrated = True
+        self.started.fill_(1)
+
+    def restart(self) -> None:
+        """Calibrate again on the next training batch."""
+        self.calibrated = not self.searched
+        self.started.fill_(self.calibrated)
+
+
+def learned_ranges(quantizers: Sequence[RangeQuantizer]) -> list[Tensor]:
     """`learned_range` of many quantizers, in a few operations for all of the same K and device."""
     alike: dict[tuple[int, torch.device], list[int]] = {}
     for i, quantizer in enumerate(quantizers):

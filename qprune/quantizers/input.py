@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from qprune.grids import gaussian_range, input_grid, negative_share
-from qprune.quantizers.base import TINY, Candidates, Quantizer, mean_over_ranks, sample_values
+from qprune.quantizers.base import TINY, CalibratedQuantizer, Candidates, mean_over_ranks, sample_values
 
 
-class InputQuantizer(Quantizer):
+class InputQuantizer(CalibratedQuantizer):
     """Quantizers of an activation, per tensor: "pact" (clip learned) or "lsq+" (clip and offset learned).
 
     Whether the input can be negative is a buffer, not structure: a signed input has the two's-complement grid, expressed by a negative
     offset. It is found, with starting ranges, by `calibrate`, or by the first training batch.
-
-    calibrated  bool: no batch is needed any more. The buffer `started` holds the same for state_dict
     """
 
     signed: Tensor
-    started: Tensor
     offset: Tensor
     negative_share: Tensor
 
@@ -35,19 +31,8 @@ class InputQuantizer(Quantizer):
         self.register_buffer("negative_share", torch.tensor(below, device=device), persistent=False)
         if kind == "lsq+":
             self._learn("offset", torch.zeros(1, len(self.bits), device=device))
-        self.calibrated = not self.searched
-        self.register_buffer("started", torch.full((), float(self.calibrated), device=device))
+        self._add_flag(device)
         self._default_ranges()
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        if f"{prefix}started" in state_dict:
-            self.calibrated = not self.searched or bool(state_dict[f"{prefix}started"])
-
-    def restart(self) -> None:
-        """Calibrate again on the next training batch."""
-        self.calibrated = not self.searched
-        self.started.fill_(self.calibrated)
 
     @torch.no_grad()
     def _default_ranges(self) -> None:
@@ -75,8 +60,7 @@ class InputQuantizer(Quantizer):
         """
         if not self.searched or not x.numel():
             return
-        self.calibrated = True
-        self.started.fill_(1)
+        self._mark_calibrated()
         self.observe_sign(x)
         self.signed.copy_(mean_over_ranks(self.signed) > 0)
         flat = sample_values(x)
