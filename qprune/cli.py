@@ -11,6 +11,7 @@ import torch
 import typer
 from rich.console import Console
 
+from qprune import arguments
 from qprune.console import Bars, cost_table, result_table
 from qprune.errors import QPruneError
 
@@ -28,25 +29,21 @@ Data = Annotated[str, typer.Option(help="A data set of qprune.tasks: digits, syn
 Threads = Annotated[int, typer.Option(help="CPU threads; 0 = as many as torch chooses.")]
 
 
-def _bits(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(b) for b in text.split(","))
-    except ValueError:
-        raise typer.BadParameter(f"expected bits like 2,4,8, got {text!r}") from None
-
-
 @app.command()
 def search(
     data: Data = "digits",
     model: Model = "resnet8",
     budget: Annotated[str, typer.Option(help='"w3a3" (a uniform network), "2%" (of float), or bops=…,size=…,macs=….')] = "w3a3",
-    method: Annotated[str, typer.Option(help="edmips or darts.")] = "edmips",
+    method: Annotated[str, typer.Option(help="edmips, darts, zur or slimmable.")] = "edmips",
     out: Out = Path("runs/search"),
     seeds: Annotated[int, typer.Option(help="Repetitions; the table then shows means and 95 % intervals.")] = 1,
     seed: Annotated[int, typer.Option(help="First seed.")] = 0,
     w_bits: Annotated[str, typer.Option(help="Candidate weight bits; 0 = pruned, 32 = float.")] = "2,3,4,6",
     a_bits: Annotated[str, typer.Option(help="Candidate activation bits.")] = "2,3,4,6",
-    granularity: Annotated[str, typer.Option(help="Weight bits per layer or per filter.")] = "layer",
+    pairs: Annotated[str, typer.Option(help="Joint candidates instead, weight/activation bits: 2/2,2/4,8/8.")] = "",
+    granularity: Annotated[str, typer.Option(help="Weight bits per layer or per filter. Default: filter for zur, else layer.")] = "",
+    quantizer: Annotated[str, typer.Option(help="Of zur: nice or uniq.")] = "",
+    setting: Annotated[list[str] | None, typer.Option("--set", help="An option of the method, name=value; may be repeated.")] = None,
     edge_bits: Annotated[int, typer.Option(help="Bits of the first and the last layer.")] = 8,
     float_epochs: Annotated[int, typer.Option(help="Epochs of float training.")] = 40,
     search_epochs: Annotated[int, typer.Option(help="Epochs of search.")] = 20,
@@ -66,8 +63,11 @@ def search(
 
     _set_threads(threads)
     options = RunOptions(
-        data, model, budget, method, _bits(w_bits), _bits(a_bits), granularity, edge_bits, float_epochs, search_epochs, finetune_epochs,
-        batch_size, lr, search_lr, finetune_lr, arch_lr, seed, seeds, convention,
+        data=data, model=model, budget=budget, method=method, w_bits=arguments.bits(w_bits), a_bits=arguments.bits(a_bits),
+        pairs=arguments.pairs(pairs), granularity=granularity, quantizer=quantizer, method_options=arguments.settings(setting or ()),
+        edge_bits=edge_bits, float_epochs=float_epochs, search_epochs=search_epochs, finetune_epochs=finetune_epochs,
+        batch_size=batch_size, lr=lr, search_lr=search_lr, finetune_lr=finetune_lr, arch_lr=arch_lr,
+        seed=seed, seeds=seeds, convention=convention,
     )  # fmt: skip
     with Bars(console, options.seeds) as bars:
         result = repeated.run(options, out, bars, overwrite)

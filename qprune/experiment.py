@@ -13,31 +13,25 @@ from typing import Any, Protocol
 
 import torch
 from safetensors.torch import save as to_bytes
-from torch import nn
+from torch import Tensor, nn
 
 from qprune.budget import Budget
 from qprune.checkpoint import save
-from qprune.conventions import CONVENTIONS
-from qprune.convert import convert
-from qprune.cost import Cost, evaluate, geometry_of, policy_choices
+from qprune.cost import Cost, geometry_of
 from qprune.cost import cost as cost_of
 from qprune.errors import NonFiniteError
 from qprune.files import write_atomically
-from qprune.geometry import Geometry, weighted_layers
+from qprune.geometry import Geometry
 from qprune.options import RunOptions
-from qprune.policy import LayerBits, Policy
-from qprune.prepare import Rules, calibrate, prepare
+from qprune.recipes import recipe_for
 from qprune.record import record_of
-from qprune.search.allocate import check_feasible
-from qprune.search.driver import Search
-from qprune.space import SearchSpace
+from qprune.search.driver import METHODS, Search
 from qprune.tasks import models
 from qprune.tasks.data import Task
 from qprune.tasks.train import Trainer, fit
 from qprune.tasks.train import evaluate as accuracy_on
 
 CALIBRATION_BATCHES = 4
-BASELINE_BITS = range(1, 9)
 
 
 class Watcher(Protocol):
@@ -75,7 +69,7 @@ class Experiment:
         self.example = task.train.x[:2]
         self.seconds: dict[str, float] = {}
         self.generator = torch.Generator().manual_seed(seed)
-        self.space = SearchSpace(options.w_bits, options.a_bits, granularity=options.granularity)
+        self.recipe = recipe_for(options, self.example)
 
     def run(self) -> dict[str, Any]:
         """All phases. Writes policy.json and model.safetensors; returns this seed's entry of result.json. On a NaN or infinite loss, raises
@@ -83,7 +77,7 @@ class Experiment:
         torch.manual_seed(self.seed)
         options = self.options
         net = models.for_task(options.model, self.task)
-        check_feasible(prepare(net, self.space, self.rules(net), self.example), Budget.parse(options.budget), options.convention)
+        self.recipe.check(net)
         self._train("float", net, options.float_epochs, options.lr)
         self.seconds["float_epoch"] = self.seconds["float"] / options.float_epochs
 
@@ -91,20 +85,17 @@ class Experiment:
         self.limits = search.limits
         policy = search.policy()
         policy.save(self.folder / "policy.json")
-        searched = convert(search.model, policy)
+        searched = self.recipe.finish(search, policy)
         self._train("finetune", searched, options.finetune_epochs, options.finetune_lr)
 
-        geometry = geometry_of(search.model)
-        record = record_of(search.model)
-        w, a = uniform_above(geometry, record.fixed if record else {}, search.limits, options.convention)
-        uniform = self._quantized(net, SearchSpace.fixed(w, a))
+        label, uniform = self.recipe.uniform(net, search, self._batches())
         self._train("uniform", uniform, options.search_epochs + options.finetune_epochs, options.finetune_lr)
 
         save(searched, self.folder / "model.safetensors")
         networks = {
-            "float": self._measure("float", net, geometry),
-            "searched": self._measure("searched", searched, geometry),
-            "uniform": self._measure(f"uniform w{w}a{a}", uniform, geometry),
+            "float": self._measure("float", net),
+            "searched": self._measure("searched", searched),
+            "uniform": self._measure(label, uniform),
         }
         return {
             "seed": self.seed,
@@ -114,34 +105,21 @@ class Experiment:
             "search_history": search.history,
         }
 
-    def rules(self, net: nn.Module) -> Rules:
-        """The first and the last layer at edge_bits."""
-        names = [name for name, layer in weighted_layers(net) if isinstance(layer, nn.Conv2d | nn.Linear)]
-        edge = SearchSpace.fixed(self.options.edge_bits, self.options.edge_bits)
-        return {names[0]: edge, names[-1]: edge}
-
-    def _prepare(self, net: nn.Module, space: SearchSpace) -> nn.Module:
-        mixed = prepare(net, space, rules=self.rules(net), example_inputs=self.example)
-        batches = itertools.islice(self.task.loader("train", self.options.batch_size, self.generator), CALIBRATION_BATCHES)
-        return calibrate(mixed, [x for x, _ in batches])
-
-    def _quantized(self, net: nn.Module, space: SearchSpace) -> nn.Module:
-        """The network with the one candidate of `space` everywhere but at the edges."""
-        mixed = self._prepare(net, space)
-        record = record_of(mixed)
-        assert record is not None and record.geometry is not None
-        return convert(mixed, Policy({name: bits for name, bits in record.fixed.items() if bits is not None}, record.geometry))
+    def _batches(self) -> list[Tensor]:
+        """A few training inputs, to set ranges from."""
+        loader = self.task.loader("train", self.options.batch_size, self.generator)
+        return [x for x, _ in itertools.islice(loader, CALIBRATION_BATCHES)]
 
     def _search(self, net: nn.Module) -> Search:
         options = self.options
-        mixed = self._prepare(net, self.space)
-        halves = self.task.train_halves(self.seed) if options.method == "darts" else None
+        mixed = self.recipe.prepare(net, self._batches())
+        halves = self.task.train_halves(self.seed) if METHODS[options.method].two_streams else None
         loader = self.task.loader(halves[0] if halves else "train", options.batch_size, self.generator)
         arch_loader = self.task.loader(halves[1], options.batch_size, self.generator) if halves else None
         steps = options.search_epochs * len(loader)
         search = Search(
             mixed, Budget.parse(options.budget), options.method,
-            steps=steps, weight_lr=options.search_lr, arch_lr=options.arch_lr, convention=options.convention,
+            steps=steps, weight_lr=options.search_lr, arch_lr=options.arch_lr, convention=options.convention, **options.method_options,
         )  # fmt: skip
         self.watcher.phase("search", self.seed, steps)
         self._checkpoint(mixed)
@@ -197,7 +175,8 @@ class Experiment:
             error.args = (f"{error}; the last good state is in {self.folder / 'checkpoint.safetensors'}",)
             raise
 
-    def _measure(self, label: str, net: nn.Module, geometry: Geometry) -> Network:
+    def _measure(self, label: str, net: nn.Module) -> Network:
+        geometry = geometry_of(net, None if record_of(net) else self.example)
         cost = cost_of(net, convention=self.options.convention) if record_of(net) else cost_of(net, self.example, self.options.convention)
         return Network(
             label,
@@ -217,19 +196,3 @@ def _mean_bits(cost: Cost, geometry: Geometry) -> tuple[float, float]:
     w = sum(float(row.w_bits) * weights[row.name] for row in cost.rows) / sum(weights.values())
     a = sum(float(row.a_bits) * macs[row.name] for row in cost.rows) / max(sum(macs.values()), 1)
     return w, a
-
-
-def uniform_above(
-    geometry: Geometry, fixed: Mapping[str, LayerBits | None], limits: Mapping[str, float], convention: str = "product"
-) -> tuple[int, int]:
-    """The bits (w, a) of the cheapest uniform network that costs at least the limits, in every measure; 8 and 8 if all cost less.
-
-    Of equally cheap ones the one whose w and a are closest.
-    """
-    found = []
-    for w, a in itertools.product(BASELINE_BITS, BASELINE_BITS):
-        cost = evaluate(geometry, policy_choices(geometry, Policy.uniform(geometry, w, a, fixed)), CONVENTIONS[convention])
-        ratios = [float(getattr(cost, name)) / limit for name, limit in limits.items()]
-        if min(ratios) >= 1 - 1e-12:
-            found.append((max(ratios), abs(w - a), w, a))
-    return min(found)[2:] if found else (BASELINE_BITS[-1], BASELINE_BITS[-1])

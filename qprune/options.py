@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from qprune.budget import Budget
@@ -26,7 +27,8 @@ class RunOptions:
     budget              "w3a3", "2%", "bops=w4a4,size=20%" (see Budget)
     method              a search method
     w_bits, a_bits      candidates of every layer but the first and the last
-    granularity         choice of weight bits per "layer" or per "filter"
+    pairs               joint candidates (w, a) instead
+    granularity         choice of weight bits per "layer" or per "filter"; "" for the method's own
     edge_bits           weight and input bits of the first and the last layer, which are not searched
     float_epochs        training of the float network
     search_epochs       search, from the float network
@@ -34,6 +36,8 @@ class RunOptions:
     batch_size, lr, finetune_lr, search_lr, arch_lr
     seed, seeds         first seed and number of repetitions; the data split is the same for all
     convention          how bit operations are counted (see qprune.cost)
+    quantizer           "nice" or "uniq" for weights and activations of "zur"; "" for the method's own
+    method_options      further arguments of the method, by name
     """
 
     data: str = "digits"
@@ -42,7 +46,7 @@ class RunOptions:
     method: str = "edmips"
     w_bits: tuple[int, ...] = (2, 3, 4, 6)
     a_bits: tuple[int, ...] = (2, 3, 4, 6)
-    granularity: str = "layer"
+    granularity: str = ""
     edge_bits: int = 8
     float_epochs: int = 20
     search_epochs: int = 8
@@ -55,14 +59,21 @@ class RunOptions:
     seed: int = 0
     seeds: int = 1
     convention: str = "product"
+    pairs: tuple[tuple[int, int], ...] = ()
+    quantizer: str = ""
+    method_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._one_of("data", data.names())
         self._one_of("model", models.names())
         self._one_of("method", tuple(METHODS))
         self._one_of("convention", tuple(CONVENTIONS))
+        known = METHODS[self.method].options()
+        for name in self.method_options:
+            if name not in known:
+                raise OptionError(f"method {self.method} has no option {name!r}; it has {', '.join(known) or 'none'}")
         Budget.parse(self.budget)
-        SearchSpace(self.w_bits, self.a_bits, granularity=self.granularity)
+        self.space()
         SearchSpace.fixed(self.edge_bits, self.edge_bits)
         for name in ("float_epochs", "search_epochs", "batch_size", "seeds", "lr", "search_lr", "finetune_lr", "arch_lr"):
             if not getattr(self, name) > 0:
@@ -70,10 +81,29 @@ class RunOptions:
         if self.finetune_epochs < 0:
             raise OptionError(f"finetune_epochs must not be negative, got {self.finetune_epochs}")
 
+    def space(self) -> SearchSpace:
+        """The candidates of the layers that are searched."""
+        if self.method != "zur":
+            if self.quantizer:
+                raise OptionError(f"quantizer: {self.quantizer!r} goes with method zur; {self.method} has quantizers of its own")
+            return SearchSpace(self.w_bits, self.a_bits, granularity=self.granularity or "layer", pairs=self.pairs or None)
+        alike = tuple((b, b) for b in self.w_bits if b in self.a_bits)
+        if not (self.pairs or alike):
+            raise OptionError(
+                f"method zur chooses pairs of bits: give pairs, or a number that is in w_bits {self.w_bits} and a_bits {self.a_bits}"
+            )
+        kind = self.quantizer or "nice"
+        finely = self.granularity or "filter"
+        return SearchSpace(pairs=self.pairs or alike, granularity=finely, placement="output", weight_quantizer=kind, input_quantizer=kind)
+
     def _one_of(self, name: str, known: tuple[str, ...]) -> None:
         if getattr(self, name) not in known:
             raise OptionError(f"{name}: {getattr(self, name)!r} is unknown; expected one of {', '.join(known)}")
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as YAML and JSON hold them."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()}
+        return {name: _plain(value) for name, value in dataclasses.asdict(self).items()}
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value

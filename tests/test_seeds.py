@@ -15,10 +15,11 @@ import yaml
 import qprune
 from qprune.cost import cost
 from qprune.errors import CheckpointError, NonFiniteError
-from qprune.experiment import Experiment, uniform_above
+from qprune.experiment import Experiment
 from qprune.geometry import Geometry, trace_geometry
 from qprune.options import OptionError, RunOptions
 from qprune.policy import LayerBits, Policy
+from qprune.recipes import uniform_above
 from qprune.seeds import open_folder, run, student_interval, summarise, verdict
 from qprune.tasks import data, models
 

@@ -18,7 +18,6 @@ from qprune.nn.mixing import Mixing
 from qprune.policy import Policy
 from qprune.prepare import fixed_layers
 from qprune.record import Record, attach, record_of, unwrap
-from qprune.search.allocate import allocate, check_feasible
 from qprune.search.constraint import Constraint
 from qprune.search.darts import Darts
 from qprune.search.edmips import EdMIPS
@@ -89,7 +88,7 @@ class Search:
             attach(unwrap(model), record)
         self.model, self.budget, self.convention = model, budget, convention
         self.limits = budget.limits(geometry, record.fixed, convention)
-        check_feasible(model, budget, convention)
+        METHODS[method].check(model, budget, convention)
         if recompute:
             for layer in unwrap(model).modules():
                 if isinstance(layer, Mixing):
@@ -185,10 +184,9 @@ class Search:
         }
 
     def policy(self) -> Policy:
-        """The likeliest policy within the budget, with what is left of the budget spent on more bits (see `allocate`). Raises
-        InfeasibleBudgetError if none fits."""
+        """The likeliest policy whose exact cost is within the budget. Raises InfeasibleBudgetError if none fits."""
         self.method.settle()
-        return allocate(self.model, self.budget, convention=self.convention, spend=True)
+        return self.method.policy(self.budget)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the model: optimizers, multipliers, history."""

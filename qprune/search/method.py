@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NoReturn
@@ -10,9 +11,12 @@ from typing import Any, ClassVar, NoReturn
 import torch
 from torch import Tensor, nn
 
+from qprune.budget import Budget
 from qprune.errors import NonFiniteError
 from qprune.health import first_nonfinite_layer
 from qprune.nn.premix import Premix
+from qprune.policy import Policy
+from qprune.search.allocate import allocate, check_feasible
 from qprune.search.constraint import Constraint
 from qprune.search.expected import ExpectedCost
 from qprune.search.graph import Recorder, Update
@@ -69,6 +73,21 @@ class Method:
         self.premix = Premix(model)
         self.steps = 0
         self._unsettled: tuple[StepResult, Closure, Sequence[Tensor]] | None = None
+
+    @classmethod
+    def options(cls) -> tuple[str, ...]:
+        """The names of the method's own arguments."""
+        parameters = inspect.signature(cls.__init__).parameters.values()
+        return tuple(p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY)
+
+    @classmethod
+    def check(cls, model: nn.Module, budget: Budget, convention: str) -> None:
+        """Raise InfeasibleBudgetError if no policy is within the budget."""
+        check_feasible(model, budget, convention)
+
+    def policy(self, budget: Budget) -> Policy:
+        """The likeliest policy within the budget, with what is left of the budget spent on more bits (see `allocate`)."""
+        return allocate(self.model, budget, convention=self.convention, spend=True)
 
     def step(
         self, closure: Closure, arch_closure: Closure | None = None, batch: Sequence[Tensor] = (), arch_batch: Sequence[Tensor] = ()

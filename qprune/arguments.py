@@ -1,0 +1,43 @@
+"""Words of the command line, read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import typer
+import yaml
+
+
+def bits(text: str) -> tuple[int, ...]:
+    """ "2,4,8" → (2, 4, 8)."""
+    try:
+        return tuple(int(b) for b in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"expected bits like 2,4,8, got {text!r}") from None
+
+
+def pairs(text: str) -> tuple[tuple[int, int], ...]:
+    """ "2/4,8/8" → ((2, 4), (8, 8)), weight bits before activation bits; "3" stands for 3/3; "" for none."""
+    found = []
+    for word in filter(None, text.replace(" ", "").split(",")):
+        w, slash, a = word.partition("/")
+        try:
+            found.append((int(w), int(a if slash else w)))
+        except ValueError:
+            raise typer.BadParameter(f"expected pairs of weight and activation bits like 2/2,2/4,8/8, got {text!r}") from None
+    return tuple(found)
+
+
+def settings(words: Sequence[str]) -> dict[str, Any]:
+    """["samples=4", "estimator=score"] → {"samples": 4, "estimator": "score"}; values are YAML scalars or lists."""
+    found = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        try:
+            found[name.strip().replace("-", "_")] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            equals = ""
+        if not equals or not name.strip():
+            raise typer.BadParameter(f"expected name=value, got {word!r}")
+    return found

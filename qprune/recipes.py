@@ -1,0 +1,94 @@
+"""What a search run does with a network, by kind of method: how it becomes searchable, what comes out, and what that is compared with."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from qprune.budget import Budget
+from qprune.conventions import CONVENTIONS
+from qprune.convert import convert
+from qprune.cost import evaluate, geometry_of, policy_choices
+from qprune.geometry import Geometry, weighted_layers
+from qprune.options import RunOptions
+from qprune.policy import LayerBits, Policy
+from qprune.prepare import Rules, calibrate, prepare
+from qprune.record import record_of
+from qprune.search.allocate import check_feasible
+from qprune.search.driver import Search
+from qprune.space import SearchSpace
+
+BASELINE_BITS = range(1, 9)
+
+
+class Recipe(Protocol):
+    """batches: a few of real inputs, from which ranges are set."""
+
+    def check(self, net: nn.Module) -> None:
+        """Raise InfeasibleBudgetError if nothing that the search could return is within the budget."""
+
+    def prepare(self, net: nn.Module, batches: Sequence[Tensor]) -> nn.Module:
+        """The float network in its searchable form; the network itself is not changed."""
+
+    def finish(self, search: Search, policy: Policy) -> nn.Module:
+        """The network with what was chosen, to be fine-tuned."""
+
+    def uniform(self, net: nn.Module, search: Search, batches: Sequence[Tensor]) -> tuple[str, nn.Module]:
+        """(label, network): from the same float network, the cheapest homogeneous one that costs at least the budget."""
+
+
+class BitRecipe:
+    """Methods that choose bits; the first and the last layer are at `edge_bits`."""
+
+    def __init__(self, options: RunOptions, example: Tensor) -> None:
+        self.options, self.example, self.space = options, example, options.space()
+
+    def rules(self, net: nn.Module) -> Rules:
+        names = [name for name, layer in weighted_layers(net) if isinstance(layer, nn.Conv2d | nn.Linear)]
+        edge = SearchSpace.fixed(self.options.edge_bits, self.options.edge_bits)
+        return {names[0]: edge, names[-1]: edge}
+
+    def check(self, net: nn.Module) -> None:
+        prepared = prepare(net, self.space, self.rules(net), self.example)
+        check_feasible(prepared, Budget.parse(self.options.budget), self.options.convention)
+
+    def prepare(self, net: nn.Module, batches: Sequence[Tensor]) -> nn.Module:
+        return self._prepared(net, self.space, batches)
+
+    def _prepared(self, net: nn.Module, space: SearchSpace, batches: Sequence[Tensor]) -> nn.Module:
+        return calibrate(prepare(net, space, self.rules(net), self.example), batches)
+
+    def finish(self, search: Search, policy: Policy) -> nn.Module:
+        return convert(search.model, policy)
+
+    def uniform(self, net: nn.Module, search: Search, batches: Sequence[Tensor]) -> tuple[str, nn.Module]:
+        record = record_of(search.model)
+        w, a = uniform_above(geometry_of(search.model), record.fixed if record else {}, search.limits, self.options.convention)
+        mixed = self._prepared(net, SearchSpace.fixed(w, a), batches)
+        fixed = record_of(mixed)
+        assert fixed is not None and fixed.geometry is not None
+        policy = Policy({name: bits for name, bits in fixed.fixed.items() if bits is not None}, fixed.geometry)
+        return f"uniform w{w}a{a}", convert(mixed, policy)
+
+
+def uniform_above(
+    geometry: Geometry, fixed: Mapping[str, LayerBits | None], limits: Mapping[str, float], convention: str = "product"
+) -> tuple[int, int]:
+    """The bits (w, a) of the cheapest uniform network that costs at least the limits, in every measure; 8 and 8 if all cost less.
+
+    Of equally cheap ones the one whose w and a are closest.
+    """
+    found = []
+    for w, a in itertools.product(BASELINE_BITS, BASELINE_BITS):
+        cost = evaluate(geometry, policy_choices(geometry, Policy.uniform(geometry, w, a, fixed)), CONVENTIONS[convention])
+        ratios = [float(getattr(cost, name)) / limit for name, limit in limits.items()]
+        if min(ratios) >= 1 - 1e-12:
+            found.append((max(ratios), abs(w - a), w, a))
+    return min(found)[2:] if found else (BASELINE_BITS[-1], BASELINE_BITS[-1])
+
+
+def recipe_for(options: RunOptions, example: Tensor) -> Recipe:
+    return BitRecipe(options, example)
