@@ -69,6 +69,41 @@ def _sharpened(noisy: Tensor, temperature: Tensor, mode: str) -> Tensor:
     return hard + (soft - soft.detach())
 
 
+class FilterGate(Gate):
+    """One vector of logits for all filters of a layer, and a candidate of its own for every filter (Zur et al., 1904.09872).
+
+    candidates  ordered pairs (weight bits, activation bits). As in the original the logits are zero at the start, but log(1/2) for 8-bit
+                weights with 8-bit activations or without an activation (32)
+    filters     F, the rows of p
+    together    True: all filters take the same candidate ("sampled" then draws once for all of them)
+    choice      buffer [F] int64
+    forward     returns p [F, K]. "relaxed": softmax(logits / temperature) in every row; "sampled": a straight-through draw per filter;
+                "fixed": the one-hot choice
+    """
+
+    def __init__(
+        self, candidates: Sequence[tuple[int, int]], filters: int, together: bool = False, device: torch.device | None = None
+    ) -> None:
+        super().__init__(len(candidates), None, device)
+        self.filters, self.together = filters, together
+        self.register_buffer("noise", torch.zeros(1 if together else filters, len(candidates), device=device), persistent=False)
+        self.register_buffer("choice", torch.zeros(filters, dtype=torch.int64, device=device))
+        with torch.no_grad():
+            for k, pair in enumerate(candidates):
+                self.logits[k] = math.log(0.5) if pair in ((8, 8), (8, 32)) and len(candidates) > 1 else 0.0
+
+    def forward(self) -> Tensor:
+        if self.mode == "fixed":
+            return super().forward()
+        noisy = self.logits.float() + (self.noise if self.mode == "sampled" else 0.0)
+        return _sharpened(noisy, self.temperature, self.mode).expand(self.filters, -1)
+
+    def distribution(self) -> Tensor:
+        """[K]: the probabilities with which every filter draws its candidate. The temperature changes them in relaxed mode only."""
+        logits = self.logits.float()
+        return (logits / self.temperature if self.mode == "relaxed" else logits).softmax(0)
+
+
 class Constant(nn.Module):
     """The gate of a layer with one candidate: p = 1, no parameters."""
 
@@ -82,13 +117,17 @@ class Constant(nn.Module):
     def forward(self) -> Tensor:
         return self.one
 
+    def distribution(self) -> Tensor:
+        """[1]."""
+        return self.one.reshape(-1)[:1]
+
 
 def probabilities(members: Sequence[Gate | Constant]) -> list[Tensor]:
     """p of many gates, [1 or C, K] each: what calling them one by one gives, in a few operations for all of the same K, mode and device."""
     alike: dict[tuple[int, str, torch.device], list[int]] = {}
     found: list[Tensor | None] = [None] * len(members)
     for i, gate in enumerate(members):
-        if isinstance(gate, Constant) or gate.mode == "fixed":
+        if isinstance(gate, Constant | FilterGate) or gate.mode == "fixed":
             p = gate()
             found[i] = p if p.dim() == 2 else p.unsqueeze(0)
         else:

@@ -140,10 +140,11 @@ def weighted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def describe(name: str, layer: nn.Module, positions: int) -> LayerGeometry:
+    layer = plain(layer)
     weight = layer.weight
     assert isinstance(weight, Tensor)
     kernel = weight.shape[2:].numel()
-    kind = type(layer).__name__.removeprefix("Mixed").removeprefix("Quant")
+    kind = type(layer).__name__
     groups = layer.groups if isinstance(layer, nn.modules.conv._ConvNd) else 1
     return LayerGeometry(name, kind, weight.size(0), weight.size(1), kernel, groups, positions)
 
@@ -209,7 +210,7 @@ def _batch_size(example_inputs: ExampleInputs) -> int:
 
 
 def float_twin(model: nn.Module) -> nn.Module:
-    """A deep copy in which every mixed or quantized layer is the plain layer it came from."""
+    """A deep copy in which every mixed or quantized module is the plain module it came from."""
     twin = copy_model(model)
-    swaps = {module: plain(module) for _, module in weighted_layers(twin)}
+    swaps = {module: plain(module) for module in twin.modules()}
     return replace_modules(twin, {module: layer for module, layer in swaps.items() if layer is not module})

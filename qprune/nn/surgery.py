@@ -35,7 +35,12 @@ def take_over(cls: type[Layer], source: nn.Module, setup: Callable[[Layer], None
 
 
 def plain(layer: nn.Module) -> nn.Module:
-    """The nn.Conv2d or nn.Linear that a mixed or quantized layer extends, sharing its weight and bias; other layers as they are."""
+    """The torch module that one of qprune's extends, sharing its parameters; other modules as they are.
+
+    A module that is not a mixed or quantized nn.Conv2d or nn.Linear says what it extends by a method `as_plain`.
+    """
+    if hasattr(layer, "as_plain"):
+        return layer.as_plain()  # type: ignore[no-any-return, operator]
 
     def strip(stripped: nn.Module) -> None:
         for name in (*_MODULES, *_SETTINGS):

@@ -1,0 +1,370 @@
+"""Units whose filters choose their own candidates: convolution, normalisation, activation (Zur et al., 1904.09872).
+
+A candidate is a pair (weight bits, bits of the activation that the filter produces). As the original computes every filter with its own
+convolution, normalisation and activation, so do these layers, in one dense convolution with one weight row, one normalisation and one
+activation quantizer per channel; the results are the same.
+
+What the gate's mode means: "fixed" and "sampled": every filter has one candidate. "relaxed" (a reconstruction of the paper's continuous
+relaxation, per layer): y = Σ_k p_k A_k(relu(BN_k(conv_k(x)) + r)). The K branches come from one convolution with K·F filters and are
+carried as [K, N, F, H, W], to which a residual r [N, F, H, W] can be added, up to the last module of the unit, which sums them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qprune.constants import constant
+from qprune.errors import PolicyMismatchError
+from qprune.gates import Constant, FilterGate
+from qprune.nn.mixing import QuantizedLayer, check_input
+from qprune.nn.surgery import take_over
+from qprune.nn.unit import UnitLayer
+from qprune.quantizers import InputQuantizer, OutputQuantizer, make_weight_quantizer
+from qprune.space import FLOAT, SearchSpace
+
+IMAGE_BITS = 8
+
+
+def unit_candidates(space: SearchSpace, produces: bool) -> tuple[tuple[int, int], ...]:
+    """The candidates of a unit; without an activation those of equal weight bits are one, (w, 32)."""
+    return space.candidates if produces else tuple(dict.fromkeys((w, FLOAT) for w, _ in space.candidates))
+
+
+def chosen_rows(t: Tensor, choice: Tensor) -> Tensor:
+    """t [K, F, …] → [F, …]: row f of candidate choice[f], with zero gradients for the others. choice [S, F] gives [S·F, …]."""
+    filters = torch.arange(t.size(1), device=t.device)
+    return t[choice.flatten(), filters.repeat(choice.numel() // t.size(1))]
+
+
+def sum_branches(y: Tensor, p: Tensor) -> Tensor:
+    """Σ_k p[:, k] y[k] for y [K, N, F, H, W], p [F, K]."""
+    terms = [branch * share.to(y.dtype).view(-1, 1, 1) for branch, share in zip(y.unbind(0), p.unbind(1), strict=True)]
+    return functools.reduce(torch.add, terms)  # one after the other: the result keeps the branches' layout
+
+
+class _Part:
+    """Mixin of a unit's modules besides the convolution: they use its gate without registering it, so that it is stored once."""
+
+    gate: FilterGate | Constant
+
+    def share(self, gate: FilterGate | Constant) -> None:
+        self.__dict__["gate"] = gate
+
+
+class FilterConv2d(UnitLayer, QuantizedLayer, nn.Conv2d):
+    """The convolution of a unit. Input [N, C, H, W].
+
+    Takes nn.Conv2d's arguments, then the SearchSpace, `produces` (the unit has an activation) and `input_bits` (bits at which it quantizes
+    its own input, 32 for none). `weight` is nn.Conv2d's with shared weights, else [K·F, C, kh, kw], the weights of the first candidate
+    first; a float state_dict loads into either.
+
+    gate             FilterGate over `candidates`
+    alone            there is neither normalisation nor activation behind it: the relaxation is summed here
+    weight_quantizer over the distinct weight bits (shared weights) or one entry per candidate
+    input_quantizer  None where the input is quantized by its producer
+    """
+
+    space: SearchSpace
+    gate: FilterGate | Constant
+    weight_quantizer: Any
+    input_quantizer: InputQuantizer | None  # type: ignore[assignment]
+
+    def __init__(
+        self, *args: Any, space: SearchSpace, produces: bool = True, input_bits: int = FLOAT, alone: bool = False, **layer: Any
+    ) -> None:
+        nn.Conv2d.__init__(self, *args, **layer)
+        self.setup_unit(space, produces, input_bits, alone)
+
+    @classmethod
+    def from_float(
+        cls, conv: nn.Conv2d, space: SearchSpace, produces: bool = True, input_bits: int = FLOAT, alone: bool = False
+    ) -> FilterConv2d:
+        """The unit's convolution with the parameters, buffers, hooks, device, dtype and mode of `conv`."""
+        return take_over(cls, conv, lambda layer: layer.setup_unit(space, produces, input_bits, alone))
+
+    def setup_unit(self, space: SearchSpace, produces: bool, input_bits: int, alone: bool) -> None:
+        filters, device = self.weight.size(0), self.weight.device
+        self.space, self.produces, self.input_bits, self.alone = space, produces, input_bits, alone
+        self.candidates = unit_candidates(space, produces)
+        w_bits = tuple(w for w, _ in self.candidates)
+        self.own = not space.shared_weights
+        self.gate = make_filter_gate(self.candidates, filters, space.granularity == "layer", device)
+        distinct = w_bits if self.own else tuple(dict.fromkeys(w_bits))
+        self.picks = list(range(len(w_bits))) if self.own else [distinct.index(w) for w in w_bits]
+        self.weight_quantizer = make_weight_quantizer(space.weight_quantizer, distinct, filters if space.scales == "filter" else 1, device)
+        self.weight_quantizer.start(self.weight)
+        kind = space.input_quantizer if space.input_quantizer in ("pact", "lsq+") else "pact"
+        self.input_quantizer = None if input_bits == FLOAT else InputQuantizer(kind, (input_bits,), device)
+        if self.own:
+            each = torch.cat([self.weight.detach()] * len(self.candidates))
+            self.weight = nn.Parameter(each, requires_grad=self.weight.requires_grad)
+
+    def forward(self, input: Tensor) -> Tensor:
+        check_input(self, input, (4,), self.in_channels, -3)
+        x = self.quantized_input(input)
+        if self.gate.mode != "relaxed":
+            return self._conv_forward(x, self.mixed_weight(self.gate()), self.bias)
+        y = self._branches(x)
+        return sum_branches(y, self.gate()) if self.alone else y
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        return x if self.input_quantizer is None else self.input_quantizer(x, torch.ones(1, device=x.device))
+
+    def mixed_weight(self, p: Tensor) -> Tensor:
+        """The weight [F, C, kh, kw] of one-hot p [F, K]."""
+        if not self.own:
+            return self.weight_quantizer(self.weight, self._over_weights(p))  # type: ignore[no-any-return]
+        if self.gate.mode == "fixed":
+            return self.weight_quantizer(self.chosen_weight(), p)  # type: ignore[no-any-return]
+        each = [self.weight_quantizer(weight, p * self._one_hot(k)) for k, weight in enumerate(self.each_weight())]
+        return torch.stack(each).sum(0)
+
+    def candidate_weights(self) -> Tensor:
+        """Q_k(W_k) of all candidates, [K, F, C, kh, kw]."""
+        quantized: dict[int, Tensor] = {}
+        for column, weight in zip(self.picks, self.each_weight(), strict=True):
+            if column not in quantized:
+                quantized[column] = self.weight_quantizer(weight, self._one_hot(column))
+        return torch.stack([quantized[column] for column in self.picks])
+
+    def chosen_weight(self, choice: Tensor | None = None) -> Tensor:
+        """The float weight [F, C, kh, kw] of the filters' candidates: those of `choice` [F], or of the gate."""
+        if not self.own:
+            return self.weight
+        if choice is None and isinstance(self.gate, Constant):
+            return self.weight
+        each = self.weight.unflatten(0, (len(self.candidates), -1))
+        return chosen_rows(each, self.gate.choice if choice is None else choice)  # type: ignore[union-attr]
+
+    def each_weight(self) -> tuple[Tensor, ...]:
+        """The float weight [F, C, kh, kw] of every candidate."""
+        k = len(self.candidates)
+        return self.weight.chunk(k) if self.own else (self.weight,) * k
+
+    def choice_for(self, w_bits: int | Sequence[int], out_bits: int | Sequence[int] | None = None) -> Tensor:
+        """The candidate of every filter [F] int64 with these bits. Raises PolicyMismatchError where there is none."""
+        filters = self.out_channels
+        w, a = ((b,) * filters if b is None or isinstance(b, int) else tuple(b) for b in (w_bits, out_bits))
+        for pair in set(pairs := [(wf, FLOAT if af is None else af) for wf, af in zip(w, a, strict=True)]):
+            if pair not in self.candidates:
+                raise PolicyMismatchError(f"layer {self.layer_name}: {pair} is not a candidate; it has {self.candidates}")
+        return torch.tensor([self.candidates.index(pair) for pair in pairs], device=self.weight.device)
+
+    def as_plain(self) -> nn.Conv2d:
+        """The nn.Conv2d that this layer extends; with weights of their own, that of the chosen candidates."""
+
+        def strip(conv: nn.Conv2d) -> None:
+            for name in ("gate", "weight_quantizer", "input_quantizer"):
+                conv._modules.pop(name, None)
+            for name in ("space", "produces", "input_bits", "alone", "candidates", "own", "picks", "layer_name", "input_quantizer"):
+                conv.__dict__.pop(name, None)
+            if self.own:
+                conv.weight = nn.Parameter(self.chosen_weight().detach().clone(), requires_grad=self.weight.requires_grad)
+
+        return take_over(nn.Conv2d, self, strip)
+
+    def _branches(self, x: Tensor) -> Tensor:
+        k, g = len(self.candidates), self.groups
+        bias = None if self.bias is None else self.bias.repeat(k)
+        weights = self.candidate_weights()
+        if g == 1:
+            y = self._conv_forward(x, weights.flatten(0, 1), bias)
+            return y.unflatten(1, (k, -1)).movedim(1, 0)
+        y = self._conv_forward(x, weights.unflatten(1, (g, -1)).transpose(0, 1).flatten(0, 2), None)
+        y = y.unflatten(1, (g, k, -1)).movedim(2, 0).flatten(2, 3)
+        return y if self.bias is None else y + self.bias.to(y.dtype).view(-1, 1, 1)
+
+    def _over_weights(self, p: Tensor) -> Tensor:
+        """p over candidates → over the quantizer's weight bits."""
+        columns = self.weight_quantizer.bits
+        if len(columns) == len(self.candidates):
+            return p
+        return torch.stack([torch.stack([p[:, k] for k, c in enumerate(self.picks) if c == j]).sum(0) for j in range(len(columns))], 1)
+
+    def _one_hot(self, column: int) -> Tensor:
+        hot = tuple(float(c == column) for c in range(len(self.weight_quantizer.bits)))
+        return constant(hot, torch.float32, self.weight.device)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        loaded = state_dict.get(f"{prefix}weight")
+        if self.own and isinstance(loaded, Tensor) and loaded.shape == self.each_weight()[0].shape:
+            state_dict[f"{prefix}weight"] = torch.cat([loaded] * len(self.candidates))
+        nn.Conv2d._load_from_state_dict(self, state_dict, prefix, *args)
+        if f"{prefix}weight" not in state_dict:
+            return
+        if not any(key.startswith(f"{prefix}weight_quantizer.") for key in state_dict):
+            self.weight_quantizer.start(self.each_weight()[0])
+        if self.input_quantizer is not None and not any(key.startswith(f"{prefix}input_quantizer.") for key in state_dict):
+            self.input_quantizer.restart()
+
+    def extra_repr(self) -> str:
+        own = ", own weights" if self.own else ""
+        inputs = "" if self.input_bits == FLOAT else f", input_bits={self.input_bits}"
+        return f"{super().extra_repr()}, candidates={self.candidates}{inputs}{own}"
+
+
+class FilterBatchNorm2d(_Part, nn.BatchNorm2d):
+    """The normalisation of a unit: nn.BatchNorm2d, or, with own=True, scale, shift and statistics [K, F] per candidate, of which every
+    filter uses and updates those of its own.
+
+    last  no activation follows: the relaxation is summed here. In the relaxation every branch is normalised by its own batch's statistics;
+          shared running statistics then move towards their mean, weighted by p
+    """
+
+    own = False
+    last = False
+
+    @classmethod
+    def from_float(cls, norm: nn.BatchNorm2d, gate: FilterGate | Constant, candidates: int, own: bool, last: bool) -> FilterBatchNorm2d:
+        def setup(layer: FilterBatchNorm2d) -> None:
+            layer.share(gate)
+            layer.own, layer.last = own, last
+            if own:
+                layer._give_each(candidates)
+
+        return take_over(cls, norm, setup)
+
+    def _give_each(self, candidates: int) -> None:
+        for name, t in [*self._parameters.items(), *self._buffers.items()]:
+            if t is None:
+                continue
+            each = t.detach().expand(candidates, self.num_features).clone()
+            if name in self._parameters:
+                self._parameters[name] = nn.Parameter(each, requires_grad=t.requires_grad)
+            else:
+                self._buffers[name] = each
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() == 5:
+            y = self._branches(input)
+            return sum_branches(y, self.gate()) if self.last else y
+        if not self.own:
+            return super().forward(input)
+        p = self.gate()
+        choice = p.detach().argmax(1)
+        if self.gate.mode == "sampled":
+            weight, bias = (None if t is None else (t * p.t()).sum(0) for t in (self.weight, self.bias))
+        else:
+            weight, bias = (None if t is None else chosen_rows(t, choice) for t in (self.weight, self.bias))
+        stats = [None if t is None else chosen_rows(t, choice) for t in (self.running_mean, self.running_var)]
+        y, batch = self._normalise(input, weight, bias, *stats)
+        if batch is not None and self.running_mean is not None:
+            index = (choice, torch.arange(self.num_features, device=choice.device))
+            self._follow(index, *batch)
+        return y
+
+    def _branches(self, x: Tensor) -> Tensor:
+        k = x.size(0)
+        rows = [None if t is None else t.flatten() if self.own else t.repeat(k) for t in (self.weight, self.bias)]
+        stats = [None if t is None else t.flatten() if self.own else t.repeat(k) for t in (self.running_mean, self.running_var)]
+        y, batch = self._normalise(x.movedim(0, 1).flatten(1, 2), *rows, *stats)
+        if batch is not None and self.running_mean is not None:
+            mean, var = (t.view(k, -1) for t in batch)
+            if not self.own:
+                p = self.gate().detach().t().to(mean.dtype)
+                mean, var = (p * mean).sum(0), (p * var).sum(0)
+            self._follow((slice(None),), mean, var)
+        return y.unflatten(1, (k, -1)).movedim(1, 0)
+
+    def _normalise(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, var: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """x normalised, and the mean and unbiased variance of the batch where those were used."""
+        if not self.training and mean is not None:
+            return F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps), None
+        dtype = x.dtype if mean is None else mean.dtype
+        batch_mean, batch_var = (torch.zeros(x.size(1), dtype=dtype, device=x.device) for _ in range(2))
+        return F.batch_norm(x, batch_mean, batch_var, weight, bias, True, 1.0, self.eps), (batch_mean, batch_var)
+
+    @torch.no_grad()
+    def _follow(self, index: Any, mean: Tensor, var: Tensor) -> None:
+        """Move the running statistics at `index` towards a batch's: by `momentum`, or to the plain average where that is None."""
+        if not self.training or self.num_batches_tracked is None or self.running_mean is None or self.running_var is None:
+            return
+        if self.own:
+            self.num_batches_tracked[index] += 1
+        else:
+            self.num_batches_tracked += 1
+        count = self.num_batches_tracked[index] if self.own else self.num_batches_tracked
+        step: Any = 1.0 / count if self.momentum is None else self.momentum
+        for running, new in ((self.running_mean, mean), (self.running_var, var)):
+            running[index] = running[index] + step * (new - running[index])
+
+    def as_plain(self) -> nn.BatchNorm2d:
+        """The nn.BatchNorm2d of the chosen candidates."""
+        return self.chosen(self.gate.choice if isinstance(self.gate, FilterGate) else None)
+
+    def chosen(self, choice: Tensor | None) -> nn.BatchNorm2d:
+        """The nn.BatchNorm2d of the candidates `choice` [F] (None: of the first)."""
+
+        def strip(norm: nn.BatchNorm2d) -> None:
+            for name in ("gate", "own", "last"):
+                norm.__dict__.pop(name, None)
+            if not self.own:
+                return
+            rows = self.running_mean.new_zeros(self.num_features, dtype=torch.int64) if choice is None else choice  # type: ignore[union-attr]
+            for name, t in [*norm._parameters.items(), *norm._buffers.items()]:
+                if t is not None:
+                    row = chosen_rows(t.detach(), rows)
+                    row = row.amax() if name == "num_batches_tracked" else row
+                    if name in norm._parameters:
+                        norm._parameters[name] = nn.Parameter(row, requires_grad=t.requires_grad)
+                    else:
+                        norm._buffers[name] = row
+
+        return take_over(nn.BatchNorm2d, self, strip)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name, t in [*self._parameters.items(), *self._buffers.items()]:
+            loaded = state_dict.get(f"{prefix}{name}")
+            if self.own and t is not None and isinstance(loaded, Tensor) and loaded.dim() < t.dim():
+                state_dict[f"{prefix}{name}"] = loaded.expand(t.shape)  # a float network has it once
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
+
+
+class FilterActivation(_Part, nn.Module):
+    """The activation of a unit: nn.ReLU, or nn.ReLU6 with limit 6, quantized with the bits of every channel's candidate.
+
+    x [N, F, H, W], or the branches [K, N, F, H, W] of the relaxation, which are summed here.
+    """
+
+    limit: float | None = None
+
+    @classmethod
+    def from_float(
+        cls, rectifier: nn.Module, gate: FilterGate | Constant, kind: str, a_bits: tuple[int, ...], own: bool, device: torch.device | None
+    ) -> FilterActivation:
+        def setup(layer: FilterActivation) -> None:
+            layer.__dict__.pop("inplace", None)
+            layer.share(gate)
+            layer.limit = 6.0 if isinstance(rectifier, nn.ReLU6) else None
+            layer.quantizer = OutputQuantizer(kind, a_bits, own).to(device)
+
+        return take_over(cls, rectifier, setup)
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = input if self.limit is None else input.clamp(max=self.limit)
+        p = self.gate()
+        if x.dim() == 4:
+            return self.quantizer(x, p)  # type: ignore[no-any-return]
+        if self.quantizer.kind == "uniq":  # its statistics are those of one branch
+            return sum_branches(torch.stack([self.quantizer.candidate(branch, k) for k, branch in enumerate(x)]), p)
+        own_candidate = torch.eye(x.size(0), device=x.device).repeat_interleave(x.size(2), 0)
+        y = self.quantizer(x.movedim(0, 1).flatten(1, 2), own_candidate)
+        return sum_branches(y.unflatten(1, (x.size(0), -1)).movedim(1, 0), p)
+
+    def as_plain(self) -> nn.Module:
+        """The rectifier that this module extends."""
+        return nn.ReLU() if self.limit is None else nn.ReLU6()
+
+
+def make_filter_gate(
+    candidates: Sequence[tuple[int, int]], filters: int, together: bool, device: torch.device | None
+) -> FilterGate | Constant:
+    return Constant(filters, device) if len(candidates) == 1 else FilterGate(candidates, filters, together, device)
