@@ -23,6 +23,7 @@ PACKAGES = {
     "qprune.quantizers": "qprune/quantizers",
     "qprune.search": "qprune/search",
     "qprune.export": "qprune/export",
+    "qprune.study": "qprune/study",
     "qprune.tasks": "qprune/tasks",
     "qprune.benchmarks": "benchmarks",
     "qprune.kernels": "kernels",

@@ -13,6 +13,7 @@ __all__ = [
     "QPruneError",
     "RuleError",
     "SpaceError",
+    "StudyError",
     "UnsupportedLayerError",
 ]
 
@@ -56,3 +57,8 @@ class NonFiniteError(QPruneError, ArithmeticError):
         self.step, self.layer, self.loss = step, layer, loss
         where = f"first non-finite output in layer {layer!r}" if layer is not None else "every layer's output is finite, so it is the loss"
         super().__init__(f"loss is {loss} at step {step}: {where}; lower the learning rate or check the data")
+
+
+class StudyError(QPruneError, RuntimeError):
+    """A study that cannot go on: a missing package, a database that cannot be used or belongs to something else, other options, or
+    workers that ended early."""
