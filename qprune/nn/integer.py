@@ -18,6 +18,7 @@ from qprune.kernels import quant_conv2d_int8
 from qprune.kernels.launch_int8 import MAX_SUM
 from qprune.kernels.reference_int8 import fits, weight_codes
 from qprune.nn.quantizing import Quantizing
+from qprune.quantizers import WeightQuantizer
 
 _VECTOR = 16  # channels that a load moves at once; the kernels take other numbers too, one by one
 _on = False
@@ -73,7 +74,8 @@ def _wanted(x: Tensor) -> bool:
 def _expressible(layer: Quantizing) -> bool:
     channels, w, a = layer.weight.size(1), layer.weight_quantizer, layer.input_quantizer
     return (
-        2 <= layer.a_bits <= 8
+        isinstance(w, WeightQuantizer)
+        and 2 <= layer.a_bits <= 8
         and a.kind == "pact"
         and channels % _VECTOR == 0
         and layer.weight[0].numel() <= MAX_SUM
@@ -84,6 +86,7 @@ def _expressible(layer: Quantizing) -> bool:
 
 def _make(layer: Quantizing, sources: tuple[Tensor, ...], versions: tuple[tuple[int, int], ...]) -> _Codes:
     w, a = layer.weight_quantizer, layer.input_quantizer
+    assert isinstance(w, WeightQuantizer)
     chosen = layer.one_hot.unbind(1)
     # sums over the candidates with Python numbers as factors: nothing is copied to the device
     steps = torch.stack([p * n for p, n in zip(chosen, w.steps, strict=True)]).sum(0)
@@ -96,6 +99,7 @@ def _make(layer: Quantizing, sources: tuple[Tensor, ...], versions: tuple[tuple[
 
 def _codes(layer: Quantizing) -> _Codes:
     w, a = layer.weight_quantizer, layer.input_quantizer
+    assert isinstance(w, WeightQuantizer)
     sources = (layer.weight, layer.one_hot, w.log_range, a.log_range, a.signed)
     capturing = layer.weight.is_cuda and torch.cuda.is_current_stream_capturing()
     if capturing or any(t.is_inference() for t in sources):

@@ -61,7 +61,7 @@ class MixedConv2d(Mixing, nn.Conv2d):
         return joint_conv2d(x, ready.weight, a, self.bias, window, choice, mode != "fixed", recompute=self.recompute)
 
     def _depthwise(self, x: Tensor, window: ConvGeometry) -> Tensor:
-        ready = self.ready
+        ready = self.prepared() if self.weight_quantizer.active_stage == "noisy" else self.ready
         if ready is None:
             p = self.weight_gate()
             w = self.weight_quantizer.candidates(self.weight, p, *([self.picks, self.pair_groups] if self.space.joint else []))

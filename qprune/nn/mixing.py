@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from qprune.constants import constant
 from qprune.errors import InputError, SpaceError
 from qprune.gates import make_gate
-from qprune.quantizers import InputQuantizer, WeightQuantizer
+from qprune.quantizers import InputQuantizer, UniqWeightQuantizer, WeightQuantizer
 from qprune.space import FLOAT, SearchSpace
 
 
@@ -30,7 +30,7 @@ class QuantizedLayer(nn.Module):
     """What mixed and fixed layers share: quantizers that start anew when a float state_dict brings another weight."""
 
     weight: Tensor
-    weight_quantizer: WeightQuantizer
+    weight_quantizer: WeightQuantizer | UniqWeightQuantizer
     input_quantizer: InputQuantizer
     layer_name: str = ""
 
@@ -71,6 +71,7 @@ class Mixing(QuantizedLayer):
     ready                     set while `Premix` mixes the weights of the whole network at once
     """
 
+    weight_quantizer: WeightQuantizer
     quantizer_of_pair: Tensor
     ready: Ready | None = None
     recompute = False

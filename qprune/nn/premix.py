@@ -68,7 +68,7 @@ class Premix:
     """While it is entered, every forward pass of the model begins by mixing the weights of all its mixed layers together.
 
     `Search` enters it around every step. In a loop of your own: `with Premix(model): loss = criterion(model(x), y)`. The results are those
-    of the layers alone; a model that is being compiled mixes layer by layer.
+    of the layers alone; a model that is being compiled, or whose weights are quantized in stages, mixes layer by layer.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -96,7 +96,7 @@ class Premix:
             layer.__dict__.pop("ready", None)
 
     def _begin(self, root: nn.Module, args: Any) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or any(layer.weight_quantizer.active_stage != "quantized" for layer in self.layers):
             return
         for layer, ready in self.ready().items():
             layer.__dict__["ready"] = ready

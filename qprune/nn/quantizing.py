@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qprune.errors import SpaceError
 from qprune.nn.mixing import QuantizedLayer
-from qprune.quantizers import InputQuantizer, Quantizer, WeightQuantizer
+from qprune.quantizers import InputQuantizer, Quantizer, make_weight_quantizer
 from qprune.space import FLOAT, PRUNED, SearchSpace, check_bits
 
 
@@ -41,12 +41,13 @@ class Quantizing(QuantizedLayer):
         self.w_bits, self.a_bits = per_filter, a_bits
         rows = torch.tensor([distinct.index(b) for b in per_filter], device=device)
         self.register_buffer("one_hot", F.one_hot(rows, len(distinct)).to(torch.float32), persistent=False)
-        self.weight_quantizer = WeightQuantizer(space.weight_quantizer, distinct, filters if space.scales == "filter" else 1, device)
+        self.weight_quantizer = make_weight_quantizer(space.weight_quantizer, distinct, filters if space.scales == "filter" else 1, device)
         self.input_quantizer = InputQuantizer(space.own_input_quantizer, (self.a_bits,), device)
         self.weight_quantizer.start(self.weight)
         if mixed is not None:
-            _copy_candidates(mixed.weight_quantizer, self.weight_quantizer)
-            _copy_candidates(mixed.input_quantizer, self.input_quantizer)
+            copy_candidates(mixed.weight_quantizer, self.weight_quantizer)
+            if mixed.input_quantizer is not None:
+                copy_candidates(mixed.input_quantizer, self.input_quantizer)
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """A(x) and Q(W)."""
@@ -60,7 +61,7 @@ class Quantizing(QuantizedLayer):
 
 
 @torch.no_grad()
-def _copy_candidates(source: Quantizer, target: Quantizer) -> None:
+def copy_candidates(source: Quantizer, target: Quantizer) -> None:
     """The ranges, offsets and sign of those candidates of `source` that `target` has."""
     picks = [source.bits.index(b) for b in target.bits]
     for name, value in [*target.named_parameters(), *target.named_buffers()]:

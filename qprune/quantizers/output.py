@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qprune.errors import QPruneError
 from qprune.grids import input_grid
-from qprune.quantizers.base import CalibratedQuantizer, mean_over_ranks
+from qprune.quantizers.base import CalibratedQuantizer, mean_over_ranks, spread
 from qprune.quantizers.uniq import quantize_activation, straight_mixture
 from qprune.space import FLOAT
 
@@ -114,20 +114,20 @@ class OutputQuantizer(CalibratedQuantizer):
             # without it the quantizers clip at zero as well, but x = 0 gets a gradient
             x = F.relu(x)
         r = self.learned_range()
-        r = r[:, list(picks)] if self.own else r.expand(-1, len(picks))
+        r = spread(r, picks) if self.own else r.expand(-1, len(picks))
         return self._candidates(x, r.new_zeros(1, 1).expand_as(r), r, p, picks, None).mix(x, axis=1)
 
     def _clamped(self, x: Tensor, p: Tensor, picks: Sequence[int]) -> Tensor:
         rectified, clips = F.relu(x), self.learned_range().flatten().to(x.dtype)
-        shares: dict[int | None, list[int]] = {}
-        for column, k in enumerate(picks):
-            shares.setdefault(None if self.bits[k] == FLOAT else k if self.own else 0, []).append(column)
+        shares: dict[int | None, list[Tensor]] = {}
+        for share, k in zip(p.unbind(-1), picks, strict=True):
+            shares.setdefault(None if self.bits[k] == FLOAT else k if self.own else 0, []).append(share)
         # not relu(x) - relu(x - c): that is not c above c
         parts = {i: rectified if i is None else torch.where(x > clips[i], clips[i], rectified) for i in shares}
         if len(parts) == 1:
             return parts.popitem()[1]
         shape = [1, -1, *[1] * (x.dim() - 2)] if p.dim() == 2 else [1] * x.dim()
-        return torch.stack([p[..., shares[i]].sum(-1).view(shape).to(x.dtype) * part for i, part in parts.items()]).sum(0)
+        return sum((torch.stack(shares[i]).sum(0).view(shape).to(x.dtype) * part for i, part in parts.items()), torch.zeros_like(x))
 
     def _quantiles(self, x: Tensor, p: Tensor, picks: Sequence[int], clamped: bool) -> Tensor:
         if self.training and x.numel():
@@ -136,7 +136,7 @@ class OutputQuantizer(CalibratedQuantizer):
                 self._mark_calibrated()
         else:
             mean, deviation = self.statistics()
-        rectified = torch.where(x >= 0, x, 0.0)  # the gradient of x = 0 is 1
+        rectified = torch.where(x < 0, 0.0, x)  # the gradient of x = 0 is 1
         if clamped:
             return rectified
         values = x.detach() if x.dtype == torch.float64 else x.detach().float()

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.special import ndtr, ndtri
 
 from qprune.quantizers.staging import StagedQuantizer, uniform
-from qprune.space import FLOAT
+from qprune.space import FLOAT, PRUNED
 
 LEAST_DEVIATION = 1e-5
 NOISE_EDGE = 1e-5
@@ -21,7 +21,7 @@ STRETCH = 3.0
 
 
 class UniqWeightQuantizer(StagedQuantizer):
-    """k-quantile quantizers of a weight [F, …], k = 2^b for b in 1 … 8 (32: the weight itself), without anything to learn.
+    """k-quantile quantizers of a weight [F, …], k = 2^b for b in 1 … 8 (32: the weight itself; 0: zero), without anything to learn.
 
         Q(w) = Φ⁻¹((round(k Φ(w) − 1/2) + 1/2) / k, at least 1/(2k), at most 1 − 1/(2k))
 
@@ -39,19 +39,19 @@ class UniqWeightQuantizer(StagedQuantizer):
         """Nothing: the statistics are taken from the weight at every call."""
 
     @torch.no_grad()
-    def _values(self, weight: Tensor) -> list[Tensor]:
+    def _values(self, weight: Tensor) -> list[Tensor | None]:
         w = weight if weight.dtype == torch.float64 else weight.float()
         stage = self.active_stage
         if stage == "float" or w.numel() == 0:
-            return [w] * len(self.bits)
+            return [None if bits == PRUNED else w for bits in self.bits]
         deviation, mean = torch.std_mean(w, correction=min(1, w.numel() - 1))
         deviation = deviation.clamp_min(LEAST_DEVIATION)
         t = ndtr((w - mean) / deviation)
         noise = uniform(self.seed, weight) - 0.5 if stage == "noisy" else None
-        values = []
+        values: list[Tensor | None] = []
         for bits in self.bits:
-            if bits == FLOAT:
-                values.append(w)
+            if bits in (PRUNED, FLOAT):
+                values.append(w if bits == FLOAT else None)
                 continue
             k = 2.0**bits
             if noise is None:
@@ -66,15 +66,17 @@ class UniqWeightQuantizer(StagedQuantizer):
         return straight_mixture(weight, self._values(weight), p, axis=0)
 
 
-def straight_mixture(x: Tensor, values: Sequence[Tensor], p: Tensor, axis: int) -> Tensor:
-    """Σ_k p_k values_k in x's dtype, p [K] or [C, K] along `axis` of x; values are constants that x's gradient passes by."""
+def straight_mixture(x: Tensor, values: Sequence[Tensor | None], p: Tensor, axis: int) -> Tensor:
+    """Σ_k p_k values_k in x's dtype, p [K] or [C, K] along `axis` of x. The values are constants that x's gradient passes by; None is a
+    pruned candidate, which adds nothing to either."""
     shape = [1] * x.dim()
     if p.dim() == 2:
         shape[axis] = -1
-    total = x - x.detach()  # zero, with the gradient of x
-    total = total * p.sum(-1).view(shape)
+    gradient = x - x.detach()  # zero
+    total = gradient * 0
     for value, share in zip(values, p.unbind(-1), strict=True):
-        total = total + share.view(shape) * value
+        if value is not None:
+            total = total + share.view(shape) * (gradient + value)
     return total.to(x.dtype)
 
 
