@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from qprune.convert import convert
 from qprune.errors import CheckpointError, PolicyMismatchError
 from qprune.files import write_atomically
-from qprune.geometry import weighted_layers
+from qprune.geometry import Unit, weighted_layers
+from qprune.nn.activation import QuantActivation
 from qprune.nn.mixing import Mixing
 from qprune.nn.quantizing import Quantizing
 from qprune.policy import LayerBits, Policy
@@ -26,12 +27,15 @@ FORMAT = 1
 def policy_of(model: nn.Module) -> Policy:
     """The policy of a converted model, read from its layers."""
     record = record_of(model)
+    geometry = record.geometry if record is not None else None
+    activations = {name: module.channel_bits for name, module in unwrap(model).named_modules() if isinstance(module, QuantActivation)}
     layers = {}
     for name, layer in weighted_layers(unwrap(model)):
         if isinstance(layer, Quantizing):
             distinct = set(layer.w_bits)
-            layers[name] = LayerBits(layer.w_bits[0] if len(distinct) == 1 else layer.w_bits, layer.a_bits)
-    return Policy(layers, record.geometry if record is not None else None)
+            out = activations.get(geometry.units.get(name, Unit()).activation or "") if geometry is not None else None
+            layers[name] = LayerBits(layer.w_bits[0] if len(distinct) == 1 else layer.w_bits, layer.a_bits, out)
+    return Policy(layers, geometry)
 
 
 def save(model: nn.Module, path: str | Path) -> None:

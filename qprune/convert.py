@@ -8,7 +8,10 @@ import torch
 from torch import nn
 
 from qprune.errors import PolicyMismatchError
-from qprune.geometry import Geometry, describe, weighted_layers
+from qprune.gates import FilterGate
+from qprune.geometry import Geometry, Unit, describe, weighted_layers
+from qprune.nn.activation import fix_activation
+from qprune.nn.filterwise import FilterConv2d
 from qprune.nn.mixing import Mixing
 from qprune.nn.quant import fix_bits
 from qprune.nn.surgery import copy_model, plain, replace_modules
@@ -23,7 +26,8 @@ def convert(model: nn.Module, policy: Policy, space: SearchSpace | Mapping[str, 
     model   prepared: ranges that were learned for the chosen bits are kept; or float: ranges start from the weights
     space   names the quantizers of a float model's layers, for all or by layer name (default SearchSpace())
 
-    Filters at 0 bits have zero weight; their bias, if any, remains a constant. Raises PolicyMismatchError for a policy of another network,
+    Where the policy has out_bits, QuantActivation takes the place of the rectifier. A model whose activations are quantized by their producers
+    has the chosen candidates' weights and normalisation. Filters at 0 bits have zero weight; their bias, if any, remains a constant. Raises PolicyMismatchError for a policy of another network,
     for bits that were not candidates, and where a layer would lose all its filters without a residual path around it.
     """
     record = record_of(model)
@@ -40,12 +44,25 @@ def convert(model: nn.Module, policy: Policy, space: SearchSpace | Mapping[str, 
         _check_layers(layers, policy.geometry)
         check_survivors(policy, policy.geometry)
         record = Record(policy.geometry)
-    swaps, default = {}, SearchSpace()
+    default = SearchSpace()
+    units = record.geometry.units if record is not None and record.geometry is not None else {}
+    modules = dict(final.named_modules())
+    swaps: dict[nn.Module, nn.Module] = {}
     for name, layer in layers.items():
-        if name not in policy.layers:
-            swaps[layer] = plain(layer)
+        unit = units.get(name, Unit())
+        behind = [modules[part] for part in (unit.norm, unit.activation) if part is not None]
+        chosen = policy.layers.get(name)
+        if isinstance(layer, FilterConv2d) and isinstance(layer.gate, FilterGate) and chosen is not None:
+            layer.gate.choice.copy_(layer.choice_for(chosen.w_bits, chosen.out_bits))
+        swaps |= {module: plain(module) for module in (layer, *behind)}
+        if chosen is None:
             continue
-        swaps[layer] = _fix(name, layer, policy.layers[name], space.get(name, default) if isinstance(space, Mapping) else space or default)
+        quantizers = space.get(name, default) if isinstance(space, Mapping) else space or default
+        swaps[layer] = _fix(name, layer, chosen, quantizers)
+        if chosen.out_bits is not None:
+            assert record is not None and record.geometry is not None
+            w_bits = chosen.per_filter(record.geometry.layers[name].filters)
+            swaps[behind[-1]] = fix_activation(behind[-1], layer, chosen.out_bits, w_bits, quantizers)
     final = replace_modules(final, {old: new for old, new in swaps.items() if old is not new})
     if record is not None:
         attach(final, record)
@@ -55,11 +72,10 @@ def convert(model: nn.Module, policy: Policy, space: SearchSpace | Mapping[str, 
 def _fix(name: str, layer: nn.Module, bits: LayerBits, space: SearchSpace) -> nn.Module:
     if not isinstance(layer, nn.Conv2d | nn.Linear):
         raise PolicyMismatchError(f"layer {name}: {type(layer).__name__} cannot be quantized, but the policy gives it bits")
-    per_filter = bits.per_filter(layer.weight.size(0))
-    if len(per_filter) != layer.weight.size(0):
-        raise PolicyMismatchError(
-            f"layer {name}: the policy has w_bits for {len(per_filter)} filters, the layer has {layer.weight.size(0)}"
-        )
+    filters = layer.out_channels if isinstance(layer, nn.Conv2d) else layer.weight.size(0)
+    per_filter = bits.per_filter(filters)
+    if len(per_filter) != filters:
+        raise PolicyMismatchError(f"layer {name}: the policy has w_bits for {len(per_filter)} filters, the layer has {filters}")
     if isinstance(layer, Mixing):
         missing = set(per_filter) - set(layer.space.w_bits) or {bits.a_bits} - set(layer.space.a_bits)
         if missing:

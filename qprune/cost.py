@@ -13,9 +13,10 @@ from qprune.constants import constant
 from qprune.conventions import CONVENTIONS, Convention, Inputs
 from qprune.errors import BudgetError, InputError
 from qprune.geometry import ExampleInputs, Geometry, LayerGeometry, Unit, trace_geometry, weighted_layers
+from qprune.nn.activation import QuantActivation
+from qprune.nn.filterwise import FilterConv2d
 from qprune.nn.mixing import Mixing
 from qprune.nn.quantizing import Quantizing
-from qprune.nn.unit import UnitLayer
 from qprune.policy import Policy
 from qprune.record import record_of, unwrap
 from qprune.space import FLOAT, PRUNED
@@ -121,11 +122,11 @@ def model_choices(model: nn.Module, units: Mapping[str, Unit] | None = None) -> 
     """The present distribution of every layer that is not float. units: of the network's geometry, if activations are quantized by their
     producers."""
     choices = {}
-    produced = {name: module.channel_bits for name, module in model.named_modules() if hasattr(module, "channel_bits")}
+    produced = {name: module.channel_bits for name, module in model.named_modules() if isinstance(module, QuantActivation)}
     for name, layer in weighted_layers(model):
         if isinstance(layer, Mixing):
             choices[name] = Choice(layer.space.w_bits, layer.space.a_bits, layer.filter_probabilities().double())
-        elif isinstance(layer, UnitLayer):
+        elif isinstance(layer, FilterConv2d):
             choices[name] = _unit_choice(layer)
         elif isinstance(layer, Quantizing):
             activation = (units or {}).get(name, Unit()).activation
@@ -134,7 +135,7 @@ def model_choices(model: nn.Module, units: Mapping[str, Unit] | None = None) -> 
     return choices
 
 
-def _unit_choice(layer: UnitLayer) -> Choice:
+def _unit_choice(layer: FilterConv2d) -> Choice:
     """What a unit's gate expects: every filter chooses by the same probabilities."""
     p = layer.gate.distribution().double()
     weights, outputs = (tuple(dict.fromkeys(side)) for side in zip(*layer.candidates, strict=True))

@@ -119,6 +119,8 @@ class SearchSpace:
             return
         if self.input_quantizer == "lsq+":
             raise SpaceError("input_quantizer: 'lsq+' learns an offset for inputs; with placement='output' use nice, pact or uniq")
+        if not self.shared_weights and self.scales == "layer" and self.weight_quantizer not in ("nice", "uniq"):
+            raise SpaceError(f"scales: with shared_weights=False, {self.weight_quantizer} weights need scales='filter', got 'layer'")
         for name, bits in (("w_bits", self.w_bits), ("a_bits", self.a_bits)):
             if PRUNED in bits:
                 raise SpaceError(

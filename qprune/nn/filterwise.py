@@ -156,6 +156,14 @@ class FilterConv2d(UnitLayer, QuantizedLayer, nn.Conv2d):
                 raise PolicyMismatchError(f"layer {self.layer_name}: {pair} is not a candidate; it has {self.candidates}")
         return torch.tensor([self.candidates.index(pair) for pair in pairs], device=self.weight.device)
 
+    @torch.no_grad()
+    def copy_ranges(self, target: nn.Module) -> None:
+        """Give a weight quantizer with one candidate per filter the ranges of the chosen candidates. Shared weights: they have one range per
+        weight width, which is there already."""
+        source, there = getattr(self.weight_quantizer, "log_range", None), getattr(target, "log_range", None)
+        if self.own and isinstance(self.gate, FilterGate) and source is not None and there is not None and len(source) > 1:
+            there.copy_(source.gather(1, self.gate.choice.unsqueeze(1)).expand_as(there))
+
     def as_plain(self) -> nn.Conv2d:
         """The nn.Conv2d that this layer extends; with weights of their own, that of the chosen candidates."""
 

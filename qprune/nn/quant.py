@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qprune.nn import integer
+from qprune.nn.filterwise import FilterConv2d
 from qprune.nn.mixing import Mixing, check_input
 from qprune.nn.quantizing import Quantizing
 from qprune.nn.surgery import plain, take_over
@@ -62,13 +63,15 @@ class QuantLinear(Quantizing, nn.Linear):
 
 
 def fix_bits(layer: nn.Conv2d | nn.Linear, w_bits: int | Sequence[int], a_bits: int, space: SearchSpace) -> QuantConv2d | QuantLinear:
-    """The layer with these bits, sharing the weight and bias of `layer`; a mixed layer keeps its ranges and quantizers, for a plain one
-    they are those of `space`."""
+    """The layer with these bits, sharing the weight and bias of `layer`; a searched layer keeps its ranges and quantizers, for a
+    plain one they are those of `space`."""
     cls: type[QuantConv2d] | type[QuantLinear] = QuantConv2d if isinstance(layer, nn.Conv2d) else QuantLinear
-    mixed = layer if isinstance(layer, Mixing) else None
-    space = layer.space if isinstance(layer, Mixing) else space
+    searched = layer if isinstance(layer, Mixing | FilterConv2d) else None
+    space = space if searched is None else searched.space
 
     def setup(fixed: QuantConv2d | QuantLinear) -> None:
-        fixed.setup_quantizing(w_bits, a_bits, space.quantizers, mixed)
+        fixed.setup_quantizing(w_bits, a_bits, space.quantizers, searched)
+        if isinstance(layer, FilterConv2d):
+            layer.copy_ranges(fixed.weight_quantizer)
 
     return take_over(cls, plain(layer), setup)
