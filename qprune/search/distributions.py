@@ -16,7 +16,6 @@ from torch import Tensor
 from qprune.errors import CheckpointError, InputError
 
 FROZEN_LOGIT = 1000.0
-_WHOLE = 1e-6
 
 
 class Distribution(ABC):
@@ -95,9 +94,9 @@ class FilterCounts(SoftmaxDistribution):
     def extract(self) -> Tensor:
         """The paper's counts [K]: n_k = floor(p_k F), and the whole remainder (up to K − 1 filters) to the last candidate.
 
-        A product within 1e-6 of the next integer counts as that integer: p comes from float32 logits.
+        A product that is within 1e-6 F of the next integer counts as that integer: p comes from float32 logits.
         """
-        counts = (self.filters * self.probabilities + _WHOLE).floor().long()
+        counts = self._shares().floor().long()
         counts[-1] += self.filters - counts.sum()
         return counts
 
@@ -105,10 +104,14 @@ class FilterCounts(SoftmaxDistribution):
     def extract_largest(self) -> Tensor:
         """Ours: n_k = floor(p_k F), and the remainder one by one to the candidates with the largest fractional parts, the first of
         equals."""
-        share = self.filters * self.probabilities + _WHOLE
+        share = self._shares()
         counts = share.floor().long()
         rank = (share - counts).argsort(descending=True, stable=True).argsort()
         return counts + (rank < self.filters - counts.sum())
+
+    def _shares(self) -> Tensor:
+        """p F, raised by what rounding may have taken."""
+        return self.filters * self.probabilities + min(1e-6 * self.filters, 0.5 / self.logits.numel())
 
 
 def draw(p: Tensor, shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:

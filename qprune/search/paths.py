@@ -140,17 +140,14 @@ def forced_losses(
     shared      one set of S paths for all candidates, instead of one for each
     neighbours  other layers that are forced to the same candidate, where they have it
     """
-    forced = distributions[layer].pure()
-    candidates = len(forced)
+    candidates = distributions[layer].logits.numel()
     draws = []
     for m, distribution in enumerate(distributions):
-        if m == layer:
-            draws.append(forced.repeat_interleave(samples, 0))
-            continue
-        drawn = distribution.sample(samples if shared else samples * candidates, generator)
-        drawn = torch.cat([drawn] * candidates) if shared else drawn
-        if m in neighbours:
-            pure = distribution.pure()[:candidates].repeat_interleave(samples, 0)
-            drawn = torch.cat([pure, drawn[len(pure) :]])
-        draws.append(drawn)
+        forced = distribution.pure()[: candidates if m == layer or m in neighbours else 0]
+        rows = [forced.repeat_interleave(samples, 0)]
+        free = candidates - len(forced)
+        if free:
+            drawn = distribution.sample(samples if shared else samples * free, generator)
+            rows += [drawn] * free if shared else [drawn]
+        draws.append(torch.cat(rows))
     return problem.losses(draws).double().view(candidates, samples).t()
