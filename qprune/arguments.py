@@ -29,6 +29,22 @@ def pairs(text: str) -> tuple[tuple[int, int], ...]:
     return tuple(found)
 
 
+def pair(text: str) -> tuple[int, int]:
+    """ "3/3" → (3, 3)."""
+    found = pairs(text)
+    if len(found) != 1:
+        raise typer.BadParameter(f"expected one pair of weight and activation bits like 3/3, got {text!r}")
+    return found[0]
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """ "0.5,1" → (0.5, 1.0)."""
+    try:
+        return tuple(float(word) for word in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"expected numbers like 0.5,1, got {text!r}") from None
+
+
 def settings(words: Sequence[str]) -> dict[str, Any]:
     """["samples=4", "estimator=score"] → {"samples": 4, "estimator": "score"}; values are YAML scalars or lists."""
     found = {}

@@ -73,6 +73,11 @@ class StudyOptions:
             weight_quantizer=self.weight_quantizer, input_quantizer=self.input_quantizer,
         )  # fmt: skip
 
+    def quick(self) -> StudyOptions:
+        """The same study in a minute or two: two seeds, two epochs, a coarse grid. What it finds means little."""
+        coarse = tuple(sorted({self.ratios[0], self.ratios[-1]}))
+        return dataclasses.replace(self, seeds=min(self.seeds, 2), float_epochs=8, epochs=2, step=2 * self.step, ratios=coarse)
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as YAML and JSON hold them; only those that matter for this kind."""
         unused = {"bits": ("ratios",), "widths": ("layer", "pairs", "step", "others", "weight_quantizer", "input_quantizer", "convention")}

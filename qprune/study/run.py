@@ -1,0 +1,116 @@
+"""A whole study in its folder: begin or take up the queue, let workers empty it, and write what came out."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qprune.errors import StudyError
+from qprune.files import write_atomically
+from qprune.seeds import environment
+from qprune.study.analysis import METRICS, analyse
+from qprune.study.grid import Point
+from qprune.study.options import StudyOptions
+from qprune.study.page import study_page
+from qprune.study.queue import Finished, Progress, Queue, check_options, check_sqlite, require_optuna
+from qprune.study.trial import Bench
+from qprune.study.worker import Job, run_workers
+
+FORMAT = 1
+
+
+def run(
+    options: StudyOptions,
+    folder: Path,
+    storage: str | None = None,
+    name: str | None = None,
+    workers: int = 1,
+    watch: Callable[[Progress], None] | None = None,
+) -> dict[str, Any]:
+    """Begin a study, or go on with it, until every point of its grid is done; returns result.json's content.
+
+    folder   of the study: options.yaml, study.db, float networks, trials.csv, result.json, report.html. Processes on other machines need
+             the same folder (a shared file system), or they train the float networks for themselves
+    storage  URL of a database that several machines share, "postgresql://…"; default: study.db in the folder
+    name     of the study in that database; default: the folder's name
+    workers  processes on this machine, one thread each; 0 trains nothing and reports on what is done
+    watch    is told how far the study is, twice a second
+
+    A trial that was killed is run again; one that failed is tried again by the next call. Raises StudyError for options that differ from
+    those that the study was begun with, for a database that cannot be used, and if all workers end early.
+    """
+    require_optuna()
+    if workers < 0:
+        raise StudyError(f"workers must not be negative, got {workers}")
+    folder = Path(folder).resolve()
+    open_folder(folder, options, storage)
+    bench = Bench(options, folder)
+    job = Job(options, folder, storage or f"sqlite:///{folder / 'study.db'}", name or folder.name)
+    queue = job.open(bench)
+    try:
+        if workers:
+            queue.fill(retry_failed=True)
+            run_workers(job, queue, workers, watch or (lambda progress: None))
+        return write_results(options, folder, bench, queue)
+    finally:
+        queue.close()
+
+
+def open_folder(folder: Path, options: StudyOptions, storage: str | None) -> None:
+    """Make the folder, or check that it holds this study. Raises StudyError, and CheckpointError where nothing can be written."""
+    path = folder / "options.yaml"
+    if path.exists():
+        try:
+            stored = yaml.safe_load(path.read_text())
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise StudyError(f"{path} is damaged ({' '.join(str(error).split())}); restore it, or choose another folder") from None
+        check_options(stored, options.as_dict(), str(folder))
+    elif (folder / "result.json").exists():
+        raise StudyError(f"{folder} holds something else than a study; choose another folder")
+    else:
+        write_atomically(path, yaml.safe_dump(options.as_dict(), sort_keys=False).encode())
+    if storage is None:
+        check_sqlite(folder / "study.db")
+
+
+def write_results(options: StudyOptions, folder: Path, bench: Bench, queue: Queue) -> dict[str, Any]:
+    """Write trials.csv, result.json and report.html from the trials that are complete."""
+    finished, progress, errors = queue.finished(), queue.progress(), queue.errors()
+    seconds = [trial.seconds for trial in finished]
+    result = {
+        "format": FORMAT,
+        "kind": "study",
+        "options": options.as_dict(),
+        "environment": environment(),
+        "measure": bench.kind.measure,
+        "trials": {
+            "done": progress.done,
+            "total": progress.total,
+            "seconds_mean": sum(seconds) / len(seconds) if seconds else None,
+            "seconds_total": sum(seconds),
+        },
+        "errors": [{"label": bench.points[p].label, "seed": seed, "error": text} for (p, seed), text in sorted(errors.items())],
+        **analyse(bench.points, finished, options.threshold, bench.kind.measure),
+    }
+    write_atomically(folder / "trials.csv", _csv(bench.points, finished).encode())
+    write_atomically(folder / "result.json", json.dumps(result, indent=1, allow_nan=False).encode())
+    write_atomically(folder / "report.html", study_page(result).encode())
+    return result
+
+
+def _csv(points: Sequence[Point], finished: Sequence[Finished]) -> str:
+    columns = ("label", "cost", *METRICS, "val_loss", "train_loss", "float_network", "host", "pid")
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(("policy", "seed", "homogeneous", *columns, "seconds"))
+    for trial in finished:
+        result: Mapping[str, Any] = trial.result
+        index, seed = trial.point
+        writer.writerow((index, seed, points[index].homogeneous, *(result[column] for column in columns), f"{trial.seconds:.3f}"))
+    return file.getvalue()
