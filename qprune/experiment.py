@@ -102,6 +102,7 @@ class Experiment:
             "networks": {name: asdict(network) for name, network in networks.items()},
             "seconds": self.seconds,
             "policy": json.loads(policy.to_json())["layers"],
+            "input_bits": {row.name: float(row.a_bits) for row in cost_of(policy, convention=options.convention).rows},
             "search_history": search.history,
         }
 

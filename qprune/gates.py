@@ -44,6 +44,10 @@ class Gate(nn.Module):
             return torch.where(torch.isfinite(hard), hard, self.logits.float())  # the logits keep a gradient, as every parameter must
         return _sharpened(self.logits.float() + self.noise, self.temperature, self.mode)
 
+    def distribution(self) -> Tensor:
+        """What the costs expect: p."""
+        return self()  # type: ignore[no-any-return]
+
     @torch.no_grad()
     def sample(self, generator: torch.Generator | None = None) -> None:
         """Draw new Gumbel noise. With the same generator state, every rank draws the same."""

@@ -68,13 +68,16 @@ def budget_label(result: Result) -> str:
 
 
 def layers_of(result: Result, run: int = 0) -> list[dict[str, Any]]:
-    """The layers in network order, each with what one run chose: w (bits of every filter; None if unknown), a (None if unknown)."""
+    """The layers in network order, each with what one run chose: w (bits of every filter; None if unknown), a (mean bits of the input;
+    None if unknown)."""
     rows = []
     policy = get(runs_of(result)[run], "policy") if runs_of(result) else None
     layers = get(result, "layers")
     for layer in layers if isinstance(layers, (list, tuple)) else []:
         chosen = get(policy, str(get(layer, "name")))
         w, a = get(chosen, "w_bits"), number(chosen, "a_bits")
+        mean = number(get(runs_of(result)[run], "input_bits"), str(get(layer, "name"))) if policy is not None else None
+        a = a if mean is None else mean
         per_filter = isinstance(w, (list, tuple))
         listed = w if per_filter else [w] * max(1, int(number(layer, "filters") or 1))
         if isinstance(policy, Mapping) and chosen is None:

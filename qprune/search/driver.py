@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qprune.budget import Budget
-from qprune.cost import geometry_of, model_choices
+from qprune.cost import geometry_of
 from qprune.errors import InputError, QPruneError
-from qprune.gates import gates, set_gates
+from qprune.gates import set_gates
 from qprune.geometry import ExampleInputs
 from qprune.nn.mixing import Mixing
 from qprune.policy import Policy
@@ -180,7 +180,7 @@ class Search:
             "accuracy": int(self._hits) / seen,
             "cost_ratio": result.cost_ratio,
             "multiplier": result.multiplier,
-            **gate_summary(self.model),
+            **self.method.summary(),
         }
 
     def policy(self) -> Policy:
@@ -200,18 +200,3 @@ class Search:
 def _endless(loader: Iterable[tuple[Tensor, Tensor]]) -> Any:
     while True:
         yield from loader
-
-
-@torch.no_grad()
-def gate_summary(model: nn.Module) -> dict[str, Any]:
-    """entropy: mean over gates, 1 = undecided, 0 = decided; expected: mean bits of every searched layer."""
-    entropies = []
-    for _, gate in gates(unwrap(model)):
-        p = gate().clamp_min(1e-12)
-        entropies.append(float(-(p * p.log()).sum(-1).mean() / torch.log(torch.tensor(float(p.size(-1))))))
-    expected = {}
-    for name, choice in model_choices(unwrap(model)).items():
-        p = choice.p.mean(0)
-        w, a = (torch.tensor(bits, dtype=p.dtype, device=p.device) for bits in (choice.w_bits, choice.a_bits))
-        expected[name] = {"w_bits": float((p.sum(1) * w).sum()), "a_bits": float((p.sum(0) * a).sum())}
-    return {"entropy": sum(entropies) / len(entropies) if entropies else 0.0, "expected": expected}

@@ -12,10 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from qprune.budget import Budget
+from qprune.cost import cost, model_choices
 from qprune.errors import NonFiniteError
+from qprune.gates import gates
 from qprune.health import first_nonfinite_layer
 from qprune.nn.premix import Premix
 from qprune.policy import Policy
+from qprune.record import unwrap
 from qprune.search.allocate import allocate, check_feasible
 from qprune.search.constraint import Constraint
 from qprune.search.expected import ExpectedCost
@@ -137,6 +140,18 @@ class Method:
     def result(self, values: Tensor) -> StepResult:
         self.steps += 1
         return StepResult(values)
+
+    @torch.no_grad()
+    def summary(self) -> dict[str, Any]:
+        """entropy: mean over gates, 1 = undecided, 0 = decided; expected: mean bits of every layer's weight and input."""
+        entropies = []
+        for _, gate in gates(self.model):
+            p = gate.distribution().clamp_min(1e-12)
+            entropies.append(float(-(p * p.log()).sum(-1).mean() / math.log(p.size(-1))))
+        known = model_choices(unwrap(self.model))
+        rows = [row for row in cost(self.model, convention=self.convention).rows if row.name in known]
+        expected = {row.name: {"w_bits": float(row.w_bits), "a_bits": float(row.a_bits)} for row in rows}
+        return {"entropy": sum(entropies) / len(entropies) if entropies else 0.0, "expected": expected}
 
     def state_dict(self) -> dict[str, Any]:
         return {"steps": self.steps, "multipliers": self.constraint.multipliers, "optimizers": self.optimizers.state_dict()}
