@@ -120,7 +120,7 @@ def assign_spaces(model: nn.Module, space: SearchSpace, rules: Rules) -> dict[st
         pattern = name if name in rules else next((rule for rule in rules if fnmatchcase(name, rule)), None)
         used.update(rule for rule in rules if rule == name or fnmatchcase(name, rule))
         module = modules[name]
-        default = module.space if isinstance(module, Mixing | FilterConv2d) else space
+        default: SearchSpace | None = module.space if isinstance(module, Mixing | FilterConv2d) else space
         if in_units(default) and not isinstance(module, nn.Conv2d):
             default = None
         chosen = default if pattern is None else rules[pattern]
@@ -191,8 +191,8 @@ def _observe_inputs(
     for name, module in activations:
         identities[module].register_forward_hook(lambda layer, args, y, name=name: observe(name, quantizers[name], y))
 
-    for name, quantizer in (outputs or {}).items():
-        twin.get_submodule(name).register_forward_pre_hook(lambda layer, args, quantizer=quantizer: quantizer.observe(args[0]))
+    for name, output in (outputs or {}).items():
+        twin.get_submodule(name).register_forward_pre_hook(lambda layer, args, output=output: output.observe(args[0]))
 
     def layer_called(name: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
         if name in quantizers:
@@ -220,8 +220,8 @@ def calibrate(model: nn.Module, batches: Iterable[ExampleInputs | tuple[Tensor, 
     if not inputs:
         raise InputError("calibrate: no batches were given")
     outputs = {n.rpartition(".")[0]: module for n, module in unwrap(model).named_modules() if isinstance(module, OutputQuantizer)}
-    for quantizer in outputs.values():
-        quantizer.restart()
+    for output in outputs.values():
+        output.restart()
     _observe_inputs(unwrap(model), inputs, collect, outputs)
     for name, quantizer in quantizers.items():
         quantizer.calibrate(torch.cat(samples[name]))

@@ -8,8 +8,9 @@ from torch import nn
 
 from qprune.errors import UnsupportedLayerError
 from qprune.geometry import Unit
-from qprune.nn.filterwise import IMAGE_BITS, FilterActivation, FilterBatchNorm2d, FilterConv2d
+from qprune.nn.filterwise import IMAGE_BITS, FilterConv2d
 from qprune.nn.surgery import plain
+from qprune.nn.unitparts import FilterActivation, FilterBatchNorm2d
 from qprune.space import FLOAT, SearchSpace
 from qprune.units import RECTIFIERS
 
@@ -49,7 +50,7 @@ def unit_spaces(modules: Mapping[str, nn.Module], spaces: Spaces, default: Searc
 def input_bits(name: str, spaces: Spaces, unit_names: Mapping[str, SearchSpace], units: Mapping[str, Unit]) -> int:
     """Bits at which a unit quantizes its own input: 32 where another unit has quantized it, else 8, or what its rule of fixed bits says."""
     source = units.get(name, Unit()).source
-    if source in unit_names and units[source].activation is not None:
+    if source is not None and source in unit_names and units[source].activation is not None:
         return FLOAT
     space = spaces[name]
     return IMAGE_BITS if space is None or in_units(space) else space.candidates[0][1]

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qprune.errors import SpaceError
-from qprune.nn.filterwise import FilterActivation, FilterConv2d
+from qprune.nn.filterwise import FilterConv2d
+from qprune.nn.unitparts import FilterActivation
 from qprune.quantizers import OutputQuantizer
 from qprune.space import PRUNED, SearchSpace, check_bits
 
