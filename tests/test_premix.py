@@ -25,6 +25,7 @@ SPACES = {
     "joint": SearchSpace((2, 4), (4, 8), joint=True, granularity="filter"),
     "pairs": SearchSpace(pairs=((2, 4), (4, 4), (4, 8)), granularity="filter"),
     "lsq+": SearchSpace((2, 8), (4, 8), input_quantizer="lsq+"),
+    "nice": SearchSpace((2, 4, 8), (4, 8), granularity="filter", weight_quantizer="nice"),
 }
 
 

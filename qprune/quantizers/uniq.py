@@ -40,7 +40,7 @@ class UniqWeightQuantizer(StagedQuantizer):
 
     @torch.no_grad()
     def _values(self, weight: Tensor) -> list[Tensor | None]:
-        w = weight if weight.dtype == torch.float64 else weight.float()
+        w = weight.detach() if weight.dtype == torch.float64 else weight.detach().float()
         stage = self.active_stage
         if stage == "float" or w.numel() == 0:
             return [None if bits == PRUNED else w for bits in self.bits]
