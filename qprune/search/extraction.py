@@ -80,12 +80,13 @@ class CountsTable:
         drawn = torch.from_numpy(counts)
         if self.rows == 1:
             return drawn.argmax(-1, keepdim=True).expand(*drawn.shape[:-1], self.filters)
-        return assign(drawn, self.order, None if self.order is None else ranking(self.weight, self.out))
+        return assign(drawn, self.order, None if self.order is None else ranking(torch.from_numpy(self.weight), torch.from_numpy(self.out)))
 
 
-def ranking(weight: np.ndarray, out: np.ndarray) -> Tensor:
-    """Candidates [K] from few to many bits: by the product of weight and activation bits, then weight bits."""
-    return torch.from_numpy(np.lexsort((weight, weight * out)))
+def ranking(weight: Tensor, out: Tensor) -> Tensor:
+    """Candidates [K] from few to many bits: by the product of weight and activation bits, then by weight bits."""
+    by_weight = weight.argsort(stable=True)
+    return by_weight[(weight * out)[by_weight].argsort(stable=True)]
 
 
 def floored(table: CountsTable) -> np.ndarray:
