@@ -40,9 +40,7 @@ class Configurations:
             raise InputError("every unit has one candidate only: there is nothing to search; give the space several pairs")
         self.distributions = [FilterCounts(gate.logits, 1 if gate.together else gate.filters) for gate in self.gates]
         self.order: dict[str, Tensor] = {}
-        self._ranking = {
-            name: ranking(bits.weight.cpu().numpy(), bits.out.cpu().numpy()).to(costs.device) for name, bits in costs.bits.items()
-        }
+        self._ranking = {name: ranking(bits.weight, bits.out) for name, bits in costs.bits.items()}
         filters = {name: costs.geometry.layers[name].filters for name in costs.units if name not in self.units}
         self._only = {name: torch.zeros(1, f, dtype=torch.int64, device=costs.device) for name, f in filters.items()}
 
