@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import runpy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
@@ -489,3 +491,14 @@ def test_score_function_takes_any_distribution() -> None:
     q = alpha.sigmoid()
     for name in ("score", "score-loo"):
         assert standard_errors(run(make_estimator(name, samples=50_000), Given()), [0.2 * 3 * q * (1 - q)]) < 4  # type: ignore[arg-type]
+
+
+def test_example(capsys: pytest.CaptureFixture[str]) -> None:
+    """What docs/estimators.md quotes: the variance ratio of 870 and the samples for signal-to-noise 1."""
+    example = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "estimator_variance.py"))
+    example["score_table"]()
+    rows = [[cell.strip() for cell in line.split("|")] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [row[1:3] + row[4:5] for row in rows[1:]] == [["none (Zur et al.)", "2.600", "46,927"], ["leave-one-out", "0.087", "52"]]
+    assert [int(row[5].replace(",", "")) for row in rows[1:]] == [pytest.approx(46_927, rel=0.02), pytest.approx(52, rel=0.06)]
+    example["search_table"](steps=3, runs=2)
+    assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("| score")]) == 6
