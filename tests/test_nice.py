@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qprune import Policy, SearchSpace, convert, prepare
 from qprune.errors import QPruneError
-from qprune.nn import MixedConv2d
+from qprune.nn import MixedConv2d, QuantConv2d, integer
 from qprune.nn.premix import Premix
 from qprune.quantizers import WeightQuantizer, make_weight_quantizer
 from qprune.record import record_of
@@ -269,6 +269,22 @@ def test_conversion_keeps_the_clip() -> None:
     for name, log_range in clips.items():
         assert torch.equal(final.get_submodule(name).log_range, log_range)
     torch.testing.assert_close(final.eval()(x), model.eval()(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["nice", "uniq"])
+def test_integer_codes(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NICE's codes are those of the symmetric grid; UNIQ has none, and stays on the float path."""
+    calls, original = [], integer.quant_conv2d_int8
+    monkeypatch.setattr(integer, "quant_conv2d_int8", lambda *args: (calls.append(1), original(*args))[1])
+    layer = QuantConv2d(16, 8, 3, w_bits=(2, 3, 4, 8) * 2, a_bits=4, weight_quantizer=kind, placement="output")
+    x = torch.rand(2, 16, 5, 5)
+    layer.input_quantizer.calibrate(x)
+    with torch.no_grad():
+        want = layer.eval()(x)
+        with integer.enabled():
+            got = layer(x)
+    assert len(calls) == (kind == "nice")
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("stage", ["quantized", "noisy", "float"])

@@ -206,6 +206,7 @@ def test_clip_is_mean_plus_deviations(deviations: float) -> None:
 def test_the_first_training_batch_calibrates(kind: str) -> None:
     x, later = pre_activation(4, 3, 5, 5), 3 * pre_activation(4, 3, 5, 5)
     quantizer, wanted = OutputQuantizer(kind, (2,)), OutputQuantizer(kind, (2,))
+    torch.testing.assert_close(quantizer.learned_range(), torch.full((1, 1), 5.0))
     wanted.calibrate(x)
     quantizer.eval()(later, ONE)
     assert not quantizer.calibrated

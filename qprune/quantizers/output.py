@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from qprune.errors import QPruneError
 from qprune.grids import input_grid
@@ -43,6 +44,7 @@ class OutputQuantizer(CalibratedQuantizer):
         columns = len(bits) if own else 1
         super().__init__(bits, [input_grid(b) for b in bits], 1, device, columns, learned=kind == "pact")
         self.kind, self.own = kind, own
+        nn.init.constant_(self.log_range, math.log(DEVIATIONS))  # of a pre-activation of zero mean and unit deviation
         self.register_buffer("average", torch.zeros(3, device=device))
         self._add_flag(device)
 
