@@ -122,10 +122,22 @@ class _Trace:
                 for layer in behind:
                     problems[layer] = f"{name} or the layer is called more than once; give every place an nn.ReLU of its own"
                 continue
+            end = self.calls[norms.get(owner, owner)].made[-1]
+            if not self._leads_only_to(end, reads[0]):
+                problems[owner] = f"something besides {name} reads what {name} rectifies, as in a pre-activation network"
+                continue
             owners[name] = owner
         owned = set(owners.values())
         self._anonymous({name for name in self.layers if name not in owned}, layer_of, problems)
         return owners
+
+    def _leads_only_to(self, node: _Node, end: _Node) -> bool:
+        """Whether one addition after the other reads `node`, up to `end`, and one rectifier reads that."""
+        while len(self.readers.get(node, ())) == 1:
+            if node is end:
+                return True
+            (node,) = self.readers[node]
+        return False
 
     def _anonymous(self, layers: set[str], layer_of: dict[str, str], problems: dict[str, str]) -> None:
         """Find rectifiers that are no module: F.relu in somebody's forward."""
