@@ -28,8 +28,8 @@ class WeightQuantizer(RangeQuantizer, StagedQuantizer):
     filters and candidates. `start` sets it and nothing moves it afterwards: log_range, the logarithm of 2c, is a buffer. The gradient
     reaches every weight, also those that are clipped. `rows` is ignored.
 
-    Stage "noisy" of any kind: of every 20 weights one, drawn anew with the seed, gets clip(w + u, lowest level, highest level) with
-    u ~ U(−d/2, d/2), d the step of its own candidate, and the others are quantized.
+    Stage "noisy" of any kind: each weight, with probability 0.05, gets clip(w + u, lowest level, highest level) with u ~ U(−d/2, d/2), d
+    the step of its own candidate; the others are quantized (1904.09872's program). Both draws are functions of the seed.
     """
 
     unused = (PRUNED, 1, FLOAT)
