@@ -12,6 +12,7 @@ the test set), homogeneous losses are measured on that same data; leave-one-out 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -34,7 +35,7 @@ from qprune.search.paths import RandomPath
 from qprune.search.penalties import penalty
 from qprune.search.relative import relative_loss
 from qprune.search.relaxations import Relaxation
-from qprune.search.widths import WIDTHS
+from qprune.search.widths import WIDTHS, BinomialLayers
 from qprune.space import FLOAT, PRUNED
 
 STATISTICS = ("batch", "reestimated")
@@ -118,6 +119,13 @@ class Slimmable(Method):
         convolutions = {name: layer for name, layer in geometry.layers.items() if layer.kind != "Linear"}
         return budget.limits(Geometry(convolutions), convention=convention)
 
+    @classmethod
+    def check(cls, model: nn.Module, budget: Budget, convention: str) -> None:
+        """Raise InfeasibleBudgetError if one filter per layer is too much. Whether the distribution has widths that fit, is checked when it
+        is made."""
+        structure = state_of(model).structure
+        check_limit(BinomialLayers(structure, (1.0,)), _macs_limit(cls.limits(model, budget, convention)))
+
     @property
     def passes(self) -> int:
         """Calls of the closure in one step of the weights."""
@@ -180,6 +188,16 @@ class Slimmable(Method):
         """Widths within the budget (None: the search's own), see qprune.search.fitting."""
         limit = self.limit if budget is None else _macs_limit(self.limits(self.model, budget))
         return fit_widths(self.space, limit, spend)
+
+    @torch.no_grad()
+    def summary(self) -> dict[str, Any]:
+        """entropy: mean over the logits' distributions, 1 = undecided as at the start, 0 = decided; widths: those extracted now."""
+        shares = []
+        for part in self.space.parts:
+            p = part.logits.double()
+            p = p.softmax(-1) if isinstance(part, SoftmaxDistribution) else torch.cat([p.sigmoid(), (-p).sigmoid()])
+            shares.append(float(torch.special.entr(p).sum()) / math.log(max(len(p), 2)))
+        return {"entropy": sum(shares) / len(shares), "expected": {}, "widths": self.extracted()}
 
     def policy(self, budget: Budget | None = None) -> Policy:
         """`widths` as a policy: filters beyond the width at 0 bits, the others at 32; shortcut convolutions as conv2 of their block.
