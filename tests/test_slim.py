@@ -258,6 +258,29 @@ def test_extract_at_other_widths_leaves_the_network() -> None:
     torch.testing.assert_close(small(x), net(x), rtol=1e-5, atol=1e-5)
 
 
+def test_extract_estimates_statistics() -> None:
+    batches = [torch.randn(4, 3, 8, 8) for _ in range(2)]
+    net = slim(residual_net(), batches[0])
+    before = copy.deepcopy(net.state_dict())
+    widths = {"0": 4, "3.conv2": 5}
+    small = extract(net, widths, batches)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    fresh = extract(net, widths)
+    assert torch.equal(fresh[1].running_var, torch.ones(4))  # type: ignore[index, union-attr]
+    set_widths(net, widths)
+    reestimate(net, batches)
+    torch.testing.assert_close(small(batches[0]), net(batches[0]), rtol=1e-5, atol=1e-5)
+
+
+def test_full_width_without_its_ratio() -> None:
+    x = torch.randn(4, 3, 8, 8)
+    original = residual_net()
+    net = slim(original, x, ratios=(0.5,))
+    torch.testing.assert_close(net(x), original(x), rtol=1e-5, atol=1e-5)
+    assert len(net[1].norms) == 1  # type: ignore[index]
+    torch.testing.assert_close(extract(net)(x), original(x), rtol=1e-5, atol=1e-5)
+
+
 def test_every_homogeneous_width_has_its_own_normalisation() -> None:
     x = torch.randn(16, 3, 8, 8) + 1
     net = slim(residual_net(), x, ratios=(0.5, 1.0)).train()
@@ -370,6 +393,15 @@ class Addition(nn.Module):
         return y + self.b(y)
 
 
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(2, 2, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.a(x), x
+
+
 class Twice(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -386,6 +418,7 @@ class Twice(nn.Module):
         pytest.param(Concatenation(), "layer b: its input has 2 channels", id="branches"),
         pytest.param(Addition(), "layers of different width", id="addition"),
         pytest.param(Twice(), "layer a is called more than once", id="shared"),
+        pytest.param(Pair(), "returns a tuple", id="pair"),
         pytest.param(nn.Conv2d(2, 4, 1, groups=2), "in 2 groups", id="groups"),
         pytest.param(nn.Conv3d(2, 4, 1), "Conv3d cannot be made slim", id="3d"),
         pytest.param(nn.Sequential(nn.Flatten(), nn.Linear(128, 3)), "no convolution", id="linear"),

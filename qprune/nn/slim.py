@@ -100,7 +100,9 @@ def _check(net: nn.Module, original: nn.Module, structure: SlimStructure, exampl
     """Raise UnsupportedLayerError unless the network computes what the original does at full width, and runs at uneven ones."""
     with kept_modes(net), kept_modes(original), torch.no_grad():
         expected, got = run(original.eval(), example_inputs), run(net.eval(), example_inputs)
-        if not isinstance(got, Tensor) or not torch.allclose(got, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
+        if not isinstance(got, Tensor):
+            raise UnsupportedLayerError(f"slim: the network returns a {type(got).__name__}; expected one tensor")
+        if not torch.allclose(got, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
             raise UnsupportedLayerError(
                 "slim: rebuilt of plain residual blocks, relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut), the network computes something "
                 "else; other kinds of blocks cannot be made slim"
@@ -204,15 +206,20 @@ def reestimate(model: nn.Module, batches: Iterable[ExampleInputs]) -> None:
             run(model, batch)
 
 
-def extract(model: nn.Module, widths: Widths | None = None) -> nn.Module:
+def extract(model: nn.Module, widths: Widths | None = None, batches: Iterable[ExampleInputs] = ()) -> nn.Module:
     """A network of nn.Conv2d, nn.BatchNorm2d, nn.Linear and ResidualBlock that has the active filters only, with copies of their weights.
 
-    widths  None: the present ones. In eval mode it computes what the slim network does, if that has statistics: for a configuration that
-            is not homogeneous and was not re-estimated since it was set, they start at mean 0 and variance 1 and need training
+    widths   None: the present ones
+    batches  inputs to `reestimate` the statistics from
+
+    In eval mode it computes what the slim network does, if that has statistics: without batches, those of a configuration that is not
+    homogeneous and was not re-estimated since it was set start at mean 0 and variance 1 and need training.
     """
     net = copy_model(unwrap(model))
     state = state_of(net)
     set_widths(net, widths or {})
+    if batches:
+        reestimate(net, batches)
     modules, structure, swaps = dict(net.named_modules()), state.structure, dict[nn.Module, nn.Module]()
     inputs = {layer.name: layer.inputs if layer.source is None else state.widths[layer.source] for layer in structure.layers.values()}
     for s in structure.shortcuts:
