@@ -12,6 +12,7 @@ from torch import nn
 from qprune.convert import convert
 from qprune.cost import cost, geometry_of
 from qprune.geometry import Geometry
+from qprune.nn.slim import extract, flops, homogeneous, slim
 from qprune.options import OptionError
 from qprune.policy import LayerBits, Policy
 from qprune.prepare import calibrate, prepare
@@ -103,31 +104,27 @@ class Widths(Kind):
     measure = "MACs"
 
     def points(self) -> list[Point]:
-        stages = self._stages(self.float_network())
+        net = self._slim(self.float_network())
         found = []
-        for ratios in width_grid(len(stages), self.options.ratios):
+        for ratios in width_grid(len(self._stages(net)), self.options.ratios):
             label = " · ".join(f"{ratio:g}" for ratio in ratios)
-            found.append(Point(label, ratios, len(set(ratios)) == 1, self._macs(ratios)))
+            found.append(Point(label, ratios, len(set(ratios)) == 1, float(flops(net, self._widths(net, ratios)))))
         return found
 
     def network(self, trained: nn.Module, point: Point, generator: torch.Generator) -> nn.Module:
-        from qprune.nn.slim import extract, slim
+        net = self._slim(trained)
+        return extract(net, self._widths(net, point.choice))
 
-        return extract(slim(trained, self.example), self._widths(trained, point.choice))
-
-    def _macs(self, ratios: Sequence[float]) -> float:
-        net = self.network(self.float_network(), Point("", tuple(ratios), False, 0.0), torch.Generator())
-        return sum(float(row.macs) for row in cost(net, self.example).rows if "fc" not in row.name)
+    def _slim(self, net: nn.Module) -> nn.Module:
+        return slim(net, self.example, self.options.ratios)
 
     def _stages(self, net: nn.Module) -> list[int]:
-        """The widths that occur, narrowest first."""
-        widths = {module.out_channels for module in net.modules() if isinstance(module, nn.Conv2d)}
-        return sorted(widths)
+        """The full widths that occur, narrowest first."""
+        return sorted(set(homogeneous(net, 1.0).values()))
 
     def _widths(self, net: nn.Module, ratios: Sequence[float]) -> dict[str, int]:
-        share = dict(zip(self._stages(net), ratios))
-        convolutions = ((name, module) for name, module in net.named_modules() if isinstance(module, nn.Conv2d))
-        return {name: max(1, int(module.out_channels * share[module.out_channels])) for name, module in convolutions}
+        share = dict(zip(self._stages(net), ratios, strict=True))
+        return {name: max(1, int(width * share[width])) for name, width in homogeneous(net, 1.0).items()}
 
 
 KINDS: dict[str, type[Kind]] = {"bits": Bits, "widths": Widths}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 from rich.console import Console
@@ -12,10 +13,10 @@ from qprune.study.queue import Progress
 
 
 def seconds_left(progress: Progress) -> float | None:
-    """Mean trial time times trials left, over the workers that are running trials now; None before the first trial is done."""
+    """Median trial time times trials left, over the workers that are running trials now; None before the first trial is done."""
     if not progress.seconds:
         return None
-    return sum(progress.seconds) / len(progress.seconds) * progress.left / max(1, progress.running)
+    return statistics.median(progress.seconds) * progress.left / max(1, progress.running)
 
 
 def _clock(seconds: float | None) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import sqlite3
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 HEARTBEAT, GRACE = 5, 30  # seconds
 _WAIT_FOR_LOCK = 60.0  # seconds
+_ATTEMPTS = 3
 _OPTIONS = "qprune options"
 Point = tuple[int, int]
 """(index of the configuration in the grid, seed)"""
@@ -97,31 +99,36 @@ class Queue:
 
     def _open(self, storage: str, heartbeat: int, grace: int) -> Any:
         _silence(self.optuna)
+        from sqlalchemy.exc import DBAPIError
+
         local = storage.startswith("sqlite")
         engine: dict[str, Any] = {"connect_args": {"timeout": _WAIT_FOR_LOCK}} if local else {"pool_pre_ping": True}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", self.optuna.exceptions.ExperimentalWarning)
-            database = self.optuna.storages.RDBStorage(
-                storage,
-                engine_kwargs=engine,
-                heartbeat_interval=heartbeat,
-                grace_period=grace,
-                heartbeat_stale_trial_callback=self._put_back,
-            )
+        options = {"heartbeat_interval": heartbeat, "grace_period": grace, "heartbeat_stale_trial_callback": self._put_back}
+        for attempt in range(_ATTEMPTS):
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", self.optuna.exceptions.ExperimentalWarning)
+                    database = self.optuna.storages.RDBStorage(storage, engine_kwargs=engine, **options)
+                break
+            except DBAPIError:  # another process creates the tables at this moment
+                if attempt == _ATTEMPTS - 1:
+                    raise
+                time.sleep(0.5)
         if local:
             _serialise(database.engine)
         return database
 
     def fill(self, retry_failed: bool = False) -> None:
         """Put every point into the queue that is not there, complete or being worked on; those that failed too, if asked."""
-        trials = self._trials()
         states = self.optuna.trial.TrialState
-        there = {point for point, trial in trials if trial.state in (states.WAITING, states.RUNNING, states.COMPLETE)}
-        if not retry_failed:
-            there |= {point for point, trial in trials if "error" in trial.user_attrs}
-        for point in self.points:
-            if point not in there:
-                self._enqueue(point)
+        with _errors(self.optuna, self.storage):
+            trials = self._trials()
+            there = {point for point, trial in trials if trial.state in (states.WAITING, states.RUNNING, states.COMPLETE)}
+            if not retry_failed:
+                there |= {point for point, trial in trials if "error" in trial.user_attrs}
+            for point in self.points:
+                if point not in there:
+                    self.study.enqueue_trial({"policy": point[0], "seed": point[1]})
 
     def work(self, run: Callable[[Point], tuple[float, Mapping[str, Any]]]) -> bool:
         """Claim one waiting trial and run it; False if none is waiting. `run` returns (value to record, JSON result). An error that it
@@ -131,7 +138,9 @@ class Queue:
                 return False
             try:
                 self.study.optimize(lambda trial: self._objective(trial, run), n_trials=1, catch=(Exception,))
-            except self.optuna.exceptions.UpdateFinishedTrialError:
+            except (self.optuna.exceptions.UpdateFinishedTrialError, ValueError) as error:
+                if isinstance(error, ValueError) and "Cannot tell" not in str(error):
+                    raise
                 _log().warning("qprune: a trial was given up by others while it ran; its result is not recorded")
             except KeyboardInterrupt:
                 self.fill()
@@ -207,9 +216,6 @@ class Queue:
                 found.append(((int(parameters["policy"]), int(parameters["seed"])), trial))
         return found
 
-    def _enqueue(self, point: Point) -> None:
-        self.study.enqueue_trial({"policy": point[0], "seed": point[1]})
-
     def _put_back(self, study: optuna.Study, trial: Any) -> None:
         point = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
         if {"policy", "seed"} <= point.keys():
@@ -236,14 +242,16 @@ def shown(storage: str) -> str:
 
 
 def check_sqlite(path: Path) -> None:
-    """Raise StudyError if the file is there and is no SQLite database."""
+    """Raise StudyError if the file is there, and is no SQLite database, or one that holds something else."""
     if not path.exists():
         return
     try:
         with sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True) as database:
-            database.execute("PRAGMA schema_version").fetchone()
+            tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
     except sqlite3.DatabaseError as error:
         raise StudyError(f"{path} is not the database of a study, or is damaged ({error}); move it away to begin anew") from None
+    if tables and not {"studies", "trials"} <= tables:
+        raise StudyError(f"{path} is the database of something else (it has tables {', '.join(sorted(tables)[:5])}); choose another folder")
 
 
 def _serialise(engine: Any) -> None:
