@@ -26,9 +26,10 @@ def convert(model: nn.Module, policy: Policy, space: SearchSpace | Mapping[str, 
     model   prepared: ranges that were learned for the chosen bits are kept; or float: ranges start from the weights
     space   names the quantizers of a float model's layers, for all or by layer name (default SearchSpace())
 
-    Where the policy has out_bits, QuantActivation takes the place of the rectifier. A model whose activations are quantized by their producers
-    has the chosen candidates' weights and normalisation. Filters at 0 bits have zero weight; their bias, if any, remains a constant. Raises PolicyMismatchError for a policy of another network,
-    for bits that were not candidates, and where a layer would lose all its filters without a residual path around it.
+    Where the policy has out_bits, QuantActivation takes the place of the rectifier. Of units, only what was chosen remains: weight,
+    normalisation and clips. Filters at 0 bits have zero weight; their bias, if any, remains a constant. Raises PolicyMismatchError for a
+    policy of another network, for bits that were not candidates, and where a layer would lose all its filters without a residual path
+    around it.
     """
     record = record_of(model)
     geometry = record.geometry if record is not None else None

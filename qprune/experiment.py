@@ -120,7 +120,7 @@ class Experiment:
         steps = options.search_epochs * len(loader)
         search = Search(
             mixed, Budget.parse(options.budget), options.method,
-            steps=steps, weight_lr=options.search_lr, arch_lr=options.arch_lr, convention=options.convention, **options.method_options,
+            steps=steps, weight_lr=options.search_lr, arch_lr=options.arch_lr, convention=options.convention, **options.of_search(),
         )  # fmt: skip
         self.watcher.phase("search", self.seed, steps)
         self._checkpoint(mixed)

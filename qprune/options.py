@@ -68,7 +68,7 @@ class RunOptions:
         self._one_of("model", models.names())
         self._one_of("method", tuple(METHODS))
         self._one_of("convention", tuple(CONVENTIONS))
-        known = METHODS[self.method].options()
+        known = (*METHODS[self.method].options(), *METHODS[self.method].network_options)
         for name in self.method_options:
             if name not in known:
                 raise OptionError(f"method {self.method} has no option {name!r}; it has {', '.join(known) or 'none'}")
@@ -95,6 +95,14 @@ class RunOptions:
         kind = self.quantizer or "nice"
         finely = self.granularity or "filter"
         return SearchSpace(pairs=self.pairs or alike, granularity=finely, placement="output", weight_quantizer=kind, input_quantizer=kind)
+
+    def of_network(self) -> dict[str, Any]:
+        """Those of method_options that are about the network's searchable form."""
+        return {name: value for name, value in self.method_options.items() if name in METHODS[self.method].network_options}
+
+    def of_search(self) -> dict[str, Any]:
+        """The others."""
+        return {name: value for name, value in self.method_options.items() if name not in self.of_network()}
 
     def _one_of(self, name: str, known: tuple[str, ...]) -> None:
         if getattr(self, name) not in known:

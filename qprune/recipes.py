@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -13,12 +14,13 @@ from qprune.conventions import CONVENTIONS
 from qprune.convert import convert
 from qprune.cost import evaluate, geometry_of, policy_choices
 from qprune.geometry import Geometry, weighted_layers
+from qprune.nn.slim import extract, flops, homogeneous, slim, state_of
 from qprune.options import RunOptions
 from qprune.policy import LayerBits, Policy
 from qprune.prepare import Rules, calibrate, prepare
 from qprune.record import record_of
-from qprune.search.allocate import check_feasible
-from qprune.search.driver import Search
+from qprune.search.driver import METHODS, Search
+from qprune.search.slimmable import Slimmable
 from qprune.space import SearchSpace
 
 BASELINE_BITS = range(1, 9)
@@ -53,7 +55,7 @@ class BitRecipe:
 
     def check(self, net: nn.Module) -> None:
         prepared = prepare(net, self.space, self.rules(net), self.example)
-        check_feasible(prepared, Budget.parse(self.options.budget), self.options.convention)
+        METHODS[self.options.method].check(prepared, Budget.parse(self.options.budget), self.options.convention)
 
     def prepare(self, net: nn.Module, batches: Sequence[Tensor]) -> nn.Module:
         return self._prepared(net, self.space, batches)
@@ -67,11 +69,44 @@ class BitRecipe:
     def uniform(self, net: nn.Module, search: Search, batches: Sequence[Tensor]) -> tuple[str, nn.Module]:
         record = record_of(search.model)
         w, a = uniform_above(geometry_of(search.model), record.fixed if record else {}, search.limits, self.options.convention)
-        mixed = self._prepared(net, SearchSpace.fixed(w, a), batches)
-        fixed = record_of(mixed)
-        assert fixed is not None and fixed.geometry is not None
-        policy = Policy({name: bits for name, bits in fixed.fixed.items() if bits is not None}, fixed.geometry)
+        mixed = self._prepared(net, replace(self.space, w_bits=(w,), a_bits=(a,), pairs=((w, a),)), batches)
+        only = record_of(mixed)
+        assert only is not None and only.geometry is not None
+        policy = Policy({name: bits for name, bits in only.fixed.items() if bits is not None}, only.geometry)
         return f"uniform w{w}a{a}", convert(mixed, policy)
+
+
+class WidthRecipe:
+    """The method that chooses how many filters every convolution keeps."""
+
+    def __init__(self, options: RunOptions, example: Tensor) -> None:
+        self.options, self.example, self.budget = options, example, Budget.parse(options.budget)
+
+    def check(self, net: nn.Module) -> None:
+        METHODS[self.options.method].check(self._slim(net), self.budget, self.options.convention)
+
+    def prepare(self, net: nn.Module, batches: Sequence[Tensor]) -> nn.Module:
+        return self._slim(net)
+
+    def _slim(self, net: nn.Module) -> nn.Module:
+        return slim(net, self.example, **self.options.of_network())
+
+    def finish(self, search: Search, policy: Policy) -> nn.Module:
+        assert isinstance(search.method, Slimmable)
+        return extract(search.model, search.method.widths())
+
+    def uniform(self, net: nn.Module, search: Search, batches: Sequence[Tensor]) -> tuple[str, nn.Module]:
+        model = self._slim(net)
+        ratio = ratio_above(model, search.limits["macs"])
+        return f"uniform width {ratio:.3g}", extract(model, homogeneous(model, ratio))
+
+
+def ratio_above(model: nn.Module, limit: float) -> float:
+    """The share of filters of the narrowest homogeneous network that costs at least the limit, in multiplications of convolutions; 1 if
+    all cost less. model: from `slim`."""
+    widest = max(layer.filters for layer in state_of(model).structure.layers.values())
+    ratios = [count / widest for count in range(1, widest + 1)]
+    return next((ratio for ratio in ratios if flops(model, homogeneous(model, ratio)) >= limit), 1.0)
 
 
 def uniform_above(
@@ -91,4 +126,4 @@ def uniform_above(
 
 
 def recipe_for(options: RunOptions, example: Tensor) -> Recipe:
-    return BitRecipe(options, example)
+    return WidthRecipe(options, example) if options.method == Slimmable.name else BitRecipe(options, example)

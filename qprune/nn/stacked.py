@@ -18,7 +18,7 @@ from qprune.nn.surgery import copy_model
 from qprune.record import unwrap
 
 log = logging.getLogger("qprune")
-STATISTICS = ("batch", "running")
+STATISTICS: tuple[str, ...] = ("batch", "running")
 _stackable: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 

@@ -24,8 +24,10 @@ from qprune.search.edmips import EdMIPS
 from qprune.search.graph import Recorder
 from qprune.search.method import Closure, Method, StepResult
 from qprune.search.optimizers import Optimizers
+from qprune.search.slimmable import Slimmable
+from qprune.search.zur import Zur
 
-METHODS: dict[str, type[Method]] = {"edmips": EdMIPS, "darts": Darts}
+METHODS: dict[str, type[Method]] = {"edmips": EdMIPS, "darts": Darts, "zur": Zur, "slimmable": Slimmable}
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -39,7 +41,7 @@ class Search:
 
     model           from `prepare`, or built of mixed layers; changed in place. Wrapped in DistributedDataParallel or torch.compile is fine
     budget          what the policy may cost; steers the search and is kept exactly by `policy`
-    method          "edmips" or "darts"
+    method          "edmips", "darts", "zur" or "slimmable"
     steps           number of steps planned: weights and quantizers then cool down along a half cosine. None: constant learning rates
     weight_lr, arch_lr, quantizer_lr, weight_decay, momentum    SGD for weights, Adam for gates and for ranges
     final_temperature  with `steps`: the gates' softmax temperature falls from 1 to this, so that the mixture approaches one candidate
@@ -50,7 +52,7 @@ class Search:
                     network, for one more pass over every input
     cuda_graph      record the whole step as a CUDA graph and replay it: one launch, no waiting for the device within a step. Batches must
                     be passed to `step` (as `fit` does), and a loss that is not finite is reported by the next step, parameters unchanged
-    method_options  of the method, such as second_order=True for "darts"
+    method_options  of the method, such as second_order=True for "darts", samples=4 for "zur"
 
     Raises QPruneError for an unknown method, InputError where the geometry is unknown, and InfeasibleBudgetError for a budget that no
     policy meets.
@@ -87,7 +89,7 @@ class Search:
             record = Record(geometry, fixed_layers(unwrap(model)))
             attach(unwrap(model), record)
         self.model, self.budget, self.convention = model, budget, convention
-        self.limits = budget.limits(geometry, record.fixed, convention)
+        self.limits = METHODS[method].limits(model, budget, convention)
         METHODS[method].check(model, budget, convention)
         if recompute:
             for layer in unwrap(model).modules():
@@ -177,7 +179,7 @@ class Search:
         return {
             "epoch": len(self.history),
             "loss": float(total) / seen,
-            "accuracy": int(self._hits) / seen,
+            "accuracy": int(self._hits) / (seen * self.method.passes),
             "cost_ratio": result.cost_ratio,
             "multiplier": result.multiplier,
             **self.method.summary(),

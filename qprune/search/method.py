@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from qprune.budget import Budget
-from qprune.cost import cost, model_choices
+from qprune.cost import cost, geometry_of, model_choices
 from qprune.errors import NonFiniteError
 from qprune.gates import gates
 from qprune.health import first_nonfinite_layer
 from qprune.nn.premix import Premix
 from qprune.policy import Policy
-from qprune.record import unwrap
+from qprune.record import record_of, unwrap
 from qprune.search.allocate import allocate, check_feasible
 from qprune.search.constraint import Constraint
 from qprune.search.expected import ExpectedCost
@@ -67,6 +67,10 @@ class Method:
     name: ClassVar[str]
     two_streams: ClassVar[bool] = False
     """True if gates learn on other data than weights: `step` then takes a second closure, `fit` a second loader."""
+    network_options: ClassVar[tuple[str, ...]] = ()
+    """Of what makes a network searchable for this method, where that is not `prepare`."""
+    passes: int = 1
+    """Calls of the closure in one step of the weights."""
 
     def __init__(
         self, model: nn.Module, constraint: Constraint, optimizers: Optimizers, convention: str, recorder: Recorder | None = None
@@ -82,6 +86,12 @@ class Method:
         """The names of the method's own arguments."""
         parameters = inspect.signature(cls.__init__).parameters.values()
         return tuple(p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY)
+
+    @classmethod
+    def limits(cls, model: nn.Module, budget: Budget, convention: str) -> dict[str, float]:
+        """The budget as numbers (see Budget.limits)."""
+        record = record_of(model)
+        return budget.limits(geometry_of(model), {} if record is None else record.fixed, convention)
 
     @classmethod
     def check(cls, model: nn.Module, budget: Budget, convention: str) -> None:

@@ -63,6 +63,7 @@ class Slimmable(Method):
 
     name = "slimmable"
     two_streams = True
+    network_options = ("ratios", "shortcut", "order")
 
     def __init__(
         self,
@@ -127,7 +128,7 @@ class Slimmable(Method):
         check_limit(BinomialLayers(structure, (1.0,)), _macs_limit(cls.limits(model, budget, convention)))
 
     @property
-    def passes(self) -> int:
+    def passes(self) -> int:  # type: ignore[override]
         """Calls of the closure in one step of the weights."""
         return len(self.ratios) + self.train_samples
 
