@@ -183,7 +183,7 @@ def test_a_fixed_layer_among_units_keeps_its_weight_bits_and_has_its_activation_
     prepared = prepare(models.resnet8(), SPACE, {"conv1": fixed, "layer2.0.conv2": fixed}, IMAGES)
     assert prepared.conv1.candidates == ((6, 2), (6, 4), (6, 3), (6, 8)) and prepared.conv1.input_bits == 5
     assert prepared.layer2[0].conv2.candidates == prepared.conv1.candidates and prepared.layer2[0].conv2.input_bits == 32
-    assert "conv1" not in record_of(prepared).fixed and record_of(prepared).fixed == {"fc": None}
+    assert record_of(prepared).fixed == {"conv1": LayerBits(6, 5), "fc": None}
 
 
 def test_a_unit_with_one_candidate_is_fixed() -> None:
@@ -228,5 +228,6 @@ def test_calibrate_sets_clips_from_the_pre_activations_of_the_float_network() ->
 
 def test_six_is_kept_as_the_limit() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU6())
-    prepared = calibrate(prepare(net, WEIGHTS_ONLY, example_inputs=IMAGES), [100 * IMAGES]).eval()
-    assert prepared(100 * IMAGES).max() == pytest.approx(6)
+    space = SearchSpace((4, 8), (32,), placement="output", weight_quantizer="nice", input_quantizer="nice")
+    prepared = calibrate(prepare(net, space, example_inputs=IMAGES), [100 * IMAGES]).eval()
+    assert prepared(100 * IMAGES).max().item() == pytest.approx(6)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from qprune.constants import constant
+from qprune.convolution import split_for_groups
 from qprune.errors import PolicyMismatchError
 from qprune.gates import Constant, FilterGate
 from qprune.nn.mixing import QuantizedLayer, check_input
@@ -26,8 +27,6 @@ from qprune.nn.unit import UnitLayer
 from qprune.nn.unitparts import chosen_rows, sum_branches
 from qprune.quantizers import InputQuantizer, make_weight_quantizer
 from qprune.space import FLOAT, SearchSpace
-
-IMAGE_BITS = 8
 
 
 def unit_candidates(space: SearchSpace, produces: bool) -> tuple[tuple[int, int], ...]:
@@ -158,14 +157,10 @@ class FilterConv2d(UnitLayer, QuantizedLayer, nn.Conv2d):
 
     def _branches(self, x: Tensor) -> Tensor:
         k, g = len(self.candidates), self.groups
-        bias = None if self.bias is None else self.bias.repeat(k)
-        weights = self.candidate_weights()
-        if g == 1:
-            y = self._conv_forward(x, weights.flatten(0, 1), bias)
-            return y.unflatten(1, (k, -1)).movedim(1, 0)
-        y = self._conv_forward(x, weights.unflatten(1, (g, -1)).transpose(0, 1).flatten(0, 2), None)
-        y = y.unflatten(1, (g, k, -1)).movedim(2, 0).flatten(2, 3)
-        return y if self.bias is None else y + self.bias.to(y.dtype).view(-1, 1, 1)
+        weights = self.candidate_weights().unflatten(1, (g, -1)).transpose(0, 1)  # the filters of a group must be neighbours
+        bias = None if self.bias is None else self.bias.view(g, 1, -1).expand(-1, k, -1).flatten()
+        y = split_for_groups(self._conv_forward(x, weights.flatten(0, 2), bias), g, k)
+        return y.unflatten(1, (k, -1)).movedim(1, 0)
 
     def _over_weights(self, p: Tensor) -> Tensor:
         """p over candidates → over the quantizer's weight bits."""

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qprune.errors import InputError
 from qprune.gates import FilterGate
 from qprune.modes import kept_modes
 from qprune.nn.filterwise import FilterConv2d
@@ -40,16 +41,23 @@ class Stack:
                 self.choice[unit.gate] = rows.to(unit.weight.device)
 
     def __enter__(self) -> Stack:
-        forwards = {module: forward for module in self.model.modules() if (forward := self._forward_of(module)) is not None}
+        self._forwards = {module: forward for module in self.model.modules() if (forward := self._forward_of(module)) is not None}
+        self._before = {module: module.__dict__.get("forward") for module in self._forwards}
         with ExitStack() as entered:
             entered.enter_context(kept_modes(self.model))
-            entered.enter_context(_patched(forwards))
+            entered.enter_context(_patched(self._forwards))
             self.model.eval()
             self._entered = entered.pop_all()
         return self
 
     def __exit__(self, *exception: Any) -> None:
         self._entered.close()
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """A `with` block in which the model's layers have their own forwards."""
+        with _patched(self._before):
+            yield
 
     def split(self, output: Any) -> Any:
         """[N, S·c, …] → [S, N, c, …]."""
@@ -68,6 +76,8 @@ class Stack:
         return None if channels is None else _folded(module.forward, channels, self.size, isinstance(module, nn.Linear))
 
     def _convolve(self, layer: FilterConv2d, x: Tensor) -> Tensor:
+        if x.size(1) not in (layer.in_channels, self.size * layer.in_channels):
+            raise InputError(f"layer {layer.layer_name}: expected {layer.in_channels} input channels, got shape {tuple(x.shape)}")
         x = layer.quantized_input(x)
         weight = chosen_rows(layer.candidate_weights(), self.choice[layer.gate])
         bias = None if layer.bias is None else layer.bias.repeat(self.size)
@@ -132,15 +142,19 @@ def _folded(forward: Callable[[Tensor], Tensor], channels: int, size: int, featu
 
 
 @contextmanager
-def _patched(forwards: Mapping[nn.Module, Callable[..., Tensor]]) -> Iterator[None]:
-    """Modules that use other forwards for a while; those that had one of their own get it back."""
-    before = {module: module.__dict__["forward"] for module in forwards if "forward" in module.__dict__}
-    for module, forward in forwards.items():
-        module.__dict__["forward"] = forward
+def _patched(forwards: Mapping[nn.Module, Callable[..., Tensor] | None]) -> Iterator[None]:
+    """Modules that use other forwards for a while (None: their class's); those that had one of their own get it back."""
+    before = {module: module.__dict__.get("forward") for module in forwards}
     try:
+        _set(forwards)
         yield
     finally:
-        for module in forwards:
+        _set(before)
+
+
+def _set(forwards: Mapping[nn.Module, Callable[..., Tensor] | None]) -> None:
+    for module, forward in forwards.items():
+        if forward is None:
             module.__dict__.pop("forward", None)
-        for module, forward in before.items():
+        else:
             module.__dict__["forward"] = forward

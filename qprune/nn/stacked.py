@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -48,40 +49,43 @@ def losses(
     """closure(model, *batch) of S configurations, [S] float64, without gradients; arguments as for `stacked_logits`.
 
     The closure is called S times with a stand-in for the model, whose outputs come from one evaluation: it has to give the model the same
-    inputs every time. Where it does not call the model itself but parts of it, it gets the model, in S passes.
+    inputs every time. Parts of the model that it calls are those of the configuration, each in a pass of its own.
     """
     replay = Replay(model, choices, statistics, together)
     found = []
     with torch.no_grad():
         for s in range(replay.size):
-            replay.turn_to(s)
-            value = closure(replay, *batch)
-            if not replay.called:
-                with Stack(unwrap(model), _part(choices, s, s + 1), statistics):
-                    value = closure(model, *batch)
-            found.append(value.detach().double())
+            with replay.turned_to(s):
+                found.append(closure(replay, *batch).detach().double())
     return torch.stack(found)
 
 
 class Replay:
-    """A stand-in for the model: when it is called, it gives what the model gives in configuration s (see `turn_to`), evaluated for all S
-    configurations at the first call. Several calls per turn are told apart by their order."""
+    """A stand-in for the model: when it is called, it gives what the model gives in configuration s (see `turned_to`), evaluated for all S
+    configurations at the first call. Several calls for one s are told apart by their order."""
 
     def __init__(self, model: nn.Module, choices: Choices, statistics: str = "batch", together: int = 16) -> None:
         self.model, self.choices, self.statistics, self.together = model, choices, statistics, together
         self.size = _check(unwrap(model), choices, statistics)
-        self.current = self.called = 0
+        self._alone: Stack | None = None
+        self._current = self._called = 0
         self._outputs: list[Any] = []
 
-    def turn_to(self, s: int) -> None:
-        self.current, self.called = s, 0
+    @contextmanager
+    def turned_to(self, s: int) -> Iterator[None]:
+        """A `with` block in which configuration s is evaluated."""
+        self._current, self._called = s, 0
+        with Stack(unwrap(self.model), _part(self.choices, s, s + 1), self.statistics) as self._alone:
+            yield
+        self._alone = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.called == len(self._outputs):
-            self._outputs.append(_evaluate(self.model, self.choices, args, kwargs, self.statistics, self.together))
-        output = self._outputs[self.called]
-        self.called += 1
-        return tree_map(lambda value: value[self.current] if isinstance(value, Tensor) else value, output)
+        if self._called == len(self._outputs):
+            with nullcontext() if self._alone is None else self._alone.suspended():
+                self._outputs.append(_evaluate(self.model, self.choices, args, kwargs, self.statistics, self.together))
+        output = self._outputs[self._called]
+        self._called += 1
+        return tree_map(lambda value: value[self._current] if isinstance(value, Tensor) else value, output)
 
     def train(self, mode: bool = True) -> Replay:
         """Nothing: evaluation does not depend on the model's mode."""
