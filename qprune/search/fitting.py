@@ -29,7 +29,7 @@ def fit_widths(space: NetworkWidths, limit: float, spend: bool = True) -> dict[s
 
     Ours (the original has no budget). From the extracted configuration: while it is too expensive, the move that loses least likelihood
     per multiplication saved; then, within the limit, moves that gain likelihood; then, with `spend`, what is left of the limit is spent,
-    least loss of likelihood per multiplication first. Greedy: not always the likeliest of all configurations. Raises
+    least loss of likelihood per multiplication first. Greedy, so not always the likeliest configuration of all. Raises
     InfeasibleBudgetError if even the narrowest network is too expensive.
     """
     check_limit(space, limit)
@@ -53,8 +53,7 @@ def fit_widths(space: NetworkWidths, limit: float, spend: bool = True) -> dict[s
         return moved[best] if rates[best] > -torch.inf else None
 
     def narrowing(costs: Tensor, change: Tensor, gain: Tensor) -> Tensor:
-        useful = torch.minimum(-change, costs - change - limit)
-        return torch.where(change < 0, _ratio(gain, useful), -torch.inf)
+        return torch.where(change < 0, _ratio(gain, -change), -torch.inf)
 
     def likelier(costs: Tensor, change: Tensor, gain: Tensor) -> Tensor:
         return torch.where((costs <= limit) & (gain > 1e-9), gain, -torch.inf)

@@ -105,6 +105,7 @@ class Slimmable(Method):
         self.penalty = None if loss == RELATIVE else penalty(loss)
         self.lmbda, self.base = lmbda, self.limit if base is None else base
         self.train_samples, self.statistics, self.clip_grad = train_samples, statistics, clip_grad
+        self.passes = len(self.ratios) + train_samples
         self.generator = torch.Generator().manual_seed(seed)
         self.logits = torch.optim.Adam([part.logits for part in self.space.parts], logit_lr, betas=(0.5, 0.999))
         self.last_estimate: Estimate | None = None
@@ -126,11 +127,6 @@ class Slimmable(Method):
         is made."""
         structure = state_of(model).structure
         check_limit(BinomialLayers(structure, (1.0,)), _macs_limit(cls.limits(model, budget, convention)))
-
-    @property
-    def passes(self) -> int:  # type: ignore[override]
-        """Calls of the closure in one step of the weights."""
-        return len(self.ratios) + self.train_samples
 
     def step(
         self, closure: Closure, arch_closure: Closure | None = None, batch: Sequence[Tensor] = (), arch_batch: Sequence[Tensor] = ()
