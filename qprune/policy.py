@@ -11,7 +11,7 @@ from typing import Any
 from qprune.errors import CheckpointError, PolicyMismatchError, SpaceError
 from qprune.files import write_atomically
 from qprune.geometry import Geometry, Unit
-from qprune.space import FLOAT, PRUNED, check_bits
+from qprune.space import FLOAT, IMAGE_BITS, PRUNED, check_bits
 
 FORMAT = 1
 
@@ -91,9 +91,12 @@ class Policy:
 
     @classmethod
     def uniform(cls, geometry: Geometry, w_bits: int, a_bits: int, fixed: Mapping[str, LayerBits | None] | None = None) -> Policy:
-        """The homogeneous network: these bits everywhere, except the layers in `fixed`, which keep theirs (None: float)."""
+        """The homogeneous network: these bits everywhere, except the layers in `fixed`, which keep theirs (None: float). Where activations
+        are quantized by their producers, a convolution that reads none of them, but the image, has 8 bits for it."""
         fixed = fixed or {}
-        layers = {name: fixed.get(name, LayerBits(w_bits, a_bits)) for name in geometry.layers}
+        images = {name for name, unit in geometry.units.items() if unit.source is None and geometry.layers[name].kind == "Conv2d"}
+        each = {name: LayerBits(w_bits, IMAGE_BITS if name in images else a_bits) for name in geometry.layers}
+        layers = {name: fixed.get(name, bits) for name, bits in each.items()}
         return cls({name: bits for name, bits in layers.items() if bits is not None}, geometry)
 
     def bits(self, name: str) -> LayerBits:

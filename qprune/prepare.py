@@ -95,13 +95,15 @@ def _with_space(layer: nn.Module, space: SearchSpace | None) -> nn.Module:
 
 
 def fixed_layers(model: nn.Module) -> dict[str, LayerBits | None]:
-    """The layers that nothing is searched for: their bits, or None for a layer that is float."""
+    """The layers whose own cost is decided: their bits, or None for a layer that is float."""
     fixed: dict[str, LayerBits | None] = {}
     for name, layer in weighted_layers(model):
         if isinstance(layer, FilterConv2d):
             if len(layer.candidates) == 1:
                 ((w, a),) = layer.candidates
                 fixed[name] = LayerBits(w, layer.input_bits, a if layer.produces else None)
+            elif len({w for w, _ in layer.candidates}) == 1 and layer.input_bits != FLOAT:
+                fixed[name] = LayerBits(layer.candidates[0][0], layer.input_bits)
         elif not isinstance(layer, Mixing):
             fixed[name] = None
         elif layer.space.is_fixed:

@@ -14,7 +14,7 @@ from qprune.policy import LayerBits
 @dataclass(frozen=True)
 class Record:
     """geometry  of the network, None if prepare had no example inputs
-    fixed     layers that nothing is searched for: their bits, or None for a layer left float
+    fixed     layers whose own cost is decided: their bits, or None for a layer left float
     """
 
     geometry: Geometry | None

@@ -9,6 +9,7 @@ from typing import Any
 from qprune.errors import SpaceError
 
 PRUNED, FLOAT = 0, 32
+IMAGE_BITS = 8  # of the input of a unit that no other unit produces
 BITS = (PRUNED, *range(1, 9), FLOAT)
 GRANULARITIES = ("layer", "filter")
 PLACEMENTS = ("input", "output")

@@ -8,10 +8,10 @@ from torch import nn
 
 from qprune.errors import UnsupportedLayerError
 from qprune.geometry import Unit
-from qprune.nn.filterwise import IMAGE_BITS, FilterConv2d
+from qprune.nn.filterwise import FilterConv2d
 from qprune.nn.surgery import plain
 from qprune.nn.unitparts import FilterActivation, FilterBatchNorm2d
-from qprune.space import FLOAT, SearchSpace
+from qprune.space import FLOAT, IMAGE_BITS, SearchSpace
 from qprune.units import RECTIFIERS
 
 Spaces = Mapping[str, SearchSpace | None]

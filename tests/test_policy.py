@@ -13,7 +13,7 @@ from torch import nn
 
 from qprune import CheckpointError, Policy, PolicyMismatchError, SearchSpace, cost, prepare
 from qprune.cost import geometry_of
-from qprune.geometry import Geometry, trace_geometry
+from qprune.geometry import Geometry, LayerGeometry, Unit, trace_geometry
 from qprune.policy import FORMAT, LayerBits
 from qprune.tasks import models
 
@@ -183,3 +183,12 @@ def test_fingerprint_ignores_weights_and_knows_shapes() -> None:
 
     assert fingerprint(models.resnet8(in_channels=3)) == fingerprint(models.resnet8(in_channels=3))
     assert fingerprint(models.resnet8(in_channels=3)) != fingerprint(models.resnet8(in_channels=3), side=32)
+
+
+def test_uniform_with_producers_reads_the_image_at_8_bits() -> None:
+    layers = {
+        name: LayerGeometry(name, kind, 4, 3, 9, 1, 1) for name, kind in (("first", "Conv2d"), ("second", "Conv2d"), ("fc", "Linear"))
+    }
+    units = {"first": Unit("bn1", "relu1", None), "second": Unit("bn2", "relu2", "first"), "fc": Unit(None, None, None)}
+    policy = Policy.uniform(Geometry(layers, units=units), 3, 4)
+    assert {name: (bits.w_bits, bits.a_bits) for name, bits in policy.layers.items()} == {"first": (3, 8), "second": (3, 4), "fc": (3, 4)}
