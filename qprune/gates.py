@@ -92,9 +92,9 @@ class FilterGate(Gate):
         self.filters, self.together = filters, together
         self.register_buffer("noise", torch.zeros(1 if together else filters, len(candidates), device=device), persistent=False)
         self.register_buffer("choice", torch.zeros(filters, dtype=torch.int64, device=device))
-        with torch.no_grad():
-            for k, pair in enumerate(candidates):
-                self.logits[k] = math.log(0.5) if pair in ((8, 8), (8, 32)) and len(candidates) > 1 else 0.0
+        if len(candidates) > 1:
+            costly = [pair in ((8, 8), (8, 32)) for pair in candidates]
+            self.logits.data = torch.tensor([math.log(0.5) if c else 0.0 for c in costly], device=device)
 
     def forward(self) -> Tensor:
         if self.mode == "fixed":

@@ -10,7 +10,7 @@ from torch import nn
 
 import qprune
 from qprune.errors import QPruneError
-from qprune.gates import Constant, Gate, gates, make_gate, sample_gates, set_gates
+from qprune.gates import Constant, FilterGate, Gate, gates, make_gate, probabilities, sample_gates, set_gates
 
 SHAPES = pytest.mark.parametrize("rows", [None, 5], ids=["layer", "filter"])
 MODES = pytest.mark.parametrize("mode", ["relaxed", "sampled", "fixed"])
@@ -181,3 +181,73 @@ def test_state() -> None:
     assert set(gate.state_dict()) == {"logits", "choice"}
     with pytest.raises(RuntimeError, match="size mismatch for logits"):
         Gate(4, 2).load_state_dict(gate.state_dict())
+
+
+def filter_gate(mode: str = "fixed", together: bool = False) -> FilterGate:
+    gate = FilterGate([(2, 2), (2, 4), (3, 3), (8, 8)], 6, together)
+    with torch.no_grad():
+        gate.logits.copy_(torch.tensor([0.3, -0.2, 1.0, 0.1]))
+    gate.mode = mode
+    return gate
+
+
+@pytest.mark.parametrize(
+    ("candidates", "expected"),
+    [
+        ([(2, 2), (2, 4), (3, 3), (8, 8)], [2 / 7, 2 / 7, 2 / 7, 1 / 7]),
+        ([(2, 32), (3, 32), (8, 32)], [2 / 5, 2 / 5, 1 / 5]),
+        ([(2, 2), (8, 4)], [1 / 2, 1 / 2]),
+    ],
+)
+def test_filters_start_with_half_the_odds_for_eight_bits(candidates: list[tuple[int, int]], expected: list[float]) -> None:
+    assert FilterGate(candidates, 3).distribution().tolist() == pytest.approx(expected)
+
+
+def test_filters_share_logits_and_draw_for_themselves() -> None:
+    gate = filter_gate("sampled")
+    torch.manual_seed(3)
+    gate.sample()
+    p = gate()
+    assert p.shape == (6, 4) and gate.logits.shape == (4,) and len(p.argmax(1).unique()) > 1
+    p[:, 0].sum().backward()
+    assert gate.logits.grad is not None and gate.logits.grad.abs().sum() > 0
+
+
+def test_all_filters_draw_together() -> None:
+    gate = filter_gate("sampled", together=True)
+    gate.sample()
+    assert gate.noise.shape == (1, 4) and gate().shape == (6, 4) and len(gate().argmax(1).unique()) == 1
+
+
+def test_draws_of_filters_follow_the_distribution() -> None:
+    gate = FilterGate([(2, 2), (4, 4), (8, 8)], 20000)
+    gate.mode = "sampled"
+    gate.temperature.fill_(0.1)
+    gate.sample(torch.Generator().manual_seed(0))
+    torch.testing.assert_close(gate().mean(0), gate.distribution(), atol=0.012, rtol=0)
+
+
+def test_relaxed_filters_have_the_same_row_without_noise() -> None:
+    gate = filter_gate("relaxed")
+    gate.sample()
+    gate.temperature.fill_(0.5)
+    torch.testing.assert_close(gate(), (gate.logits / 0.5).softmax(0).expand(6, 4))
+    torch.testing.assert_close(gate.distribution(), (gate.logits / 0.5).softmax(0))
+
+
+def test_fixed_filters_take_their_choice_with_zero_gradient() -> None:
+    gate = filter_gate("fixed")
+    gate.choice.copy_(torch.tensor([0, 1, 2, 3, 3, 0]))
+    p = gate()
+    assert p.argmax(1).tolist() == [0, 1, 2, 3, 3, 0]
+    (p * torch.randn(6, 4)).sum().backward()
+    assert gate.logits.grad is not None and not gate.logits.grad.any()
+    torch.testing.assert_close(gate.distribution(), gate.logits.softmax(0))
+
+
+@MODES
+def test_probabilities_of_filter_gates_among_others(mode: str) -> None:
+    members = [filter_gate(mode), random_gate(None, mode), Constant(3)]
+    sample_gates(members[0])
+    found = probabilities(members)
+    assert torch.equal(found[0], members[0]()) and [tuple(p.shape) for p in found] == [(6, 4), (1, 4), (3, 1)]
