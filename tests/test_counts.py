@@ -196,7 +196,7 @@ MODELS: dict[str, nn.Module] = {}
 
 
 @given(st.sampled_from(["chain", "blocks"]), st.integers(0, 10**6), st.floats(0, 4), st.floats(0.0, 1.0), st.booleans(), st.booleans())
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_the_budget_is_never_exceeded(net: str, seed: int, spread: float, share: float, spend: bool, size: bool) -> None:
     model = MODELS.setdefault(net, prepared(chain(3) if net == "chain" else block_net()))
     g = torch.Generator().manual_seed(seed)
