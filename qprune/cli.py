@@ -43,6 +43,7 @@ def search(
     pairs: Annotated[str, typer.Option(help="Joint candidates instead, weight/activation bits: 2/2,2/4,8/8.")] = "",
     granularity: Annotated[str, typer.Option(help="Weight bits per layer or per filter. Default: filter for zur, else layer.")] = "",
     quantizer: Annotated[str, typer.Option(help="Of zur: nice or uniq.")] = "",
+    loop: Annotated[str, typer.Option(help="steps; for zur also epochs: logits and weights in turns, in stages.")] = "steps",
     setting: Annotated[list[str] | None, typer.Option("--set", help="An option of the method, name=value; may be repeated.")] = None,
     edge_bits: Annotated[int, typer.Option(help="Bits of the first and the last layer.")] = 8,
     float_epochs: Annotated[int, typer.Option(help="Epochs of float training.")] = 40,
@@ -64,7 +65,8 @@ def search(
     _set_threads(threads)
     options = RunOptions(
         data=data, model=model, budget=budget, method=method, w_bits=arguments.bits(w_bits), a_bits=arguments.bits(a_bits),
-        pairs=arguments.pairs(pairs), granularity=granularity, quantizer=quantizer, method_options=arguments.settings(setting or ()),
+        pairs=arguments.pairs(pairs), granularity=granularity, quantizer=quantizer, loop=loop,
+        method_options=arguments.settings(setting or ()),
         edge_bits=edge_bits, float_epochs=float_epochs, search_epochs=search_epochs, finetune_epochs=finetune_epochs,
         batch_size=batch_size, lr=lr, search_lr=search_lr, finetune_lr=finetune_lr, arch_lr=arch_lr,
         seed=seed, seeds=seeds, convention=convention,

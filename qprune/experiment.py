@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,13 +25,18 @@ from qprune.geometry import Geometry
 from qprune.options import RunOptions
 from qprune.recipes import recipe_for
 from qprune.record import record_of
+from qprune.search.alternate import alternate
 from qprune.search.driver import METHODS, Search
+from qprune.search.method import StepResult
+from qprune.search.zur import Zur
 from qprune.tasks import models
-from qprune.tasks.data import Task
+from qprune.tasks.data import Loader, Split, Task, stratified
 from qprune.tasks.train import Trainer, fit
 from qprune.tasks.train import evaluate as accuracy_on
 
 CALIBRATION_BATCHES = 4
+ARCH_PARTS = 4
+"""Of the data that logits learn from, one per outer epoch in turn, as Zur et al. (1904.09872)."""
 
 
 class Watcher(Protocol):
@@ -85,7 +90,7 @@ class Experiment:
         self.limits = search.limits
         policy = search.policy()
         policy.save(self.folder / "policy.json")
-        searched = self.recipe.finish(search, policy)
+        searched = self.recipe.finish(search, policy, self._batches())
         self._train("finetune", searched, options.finetune_epochs, options.finetune_lr)
 
         label, uniform = self.recipe.uniform(net, search, self._batches())
@@ -112,31 +117,52 @@ class Experiment:
         return [x for x, _ in itertools.islice(loader, CALIBRATION_BATCHES)]
 
     def _search(self, net: nn.Module) -> Search:
-        options = self.options
+        options, method = self.options, METHODS[self.options.method]
         mixed = self.recipe.prepare(net, self._batches())
-        halves = self.task.train_halves(self.seed) if METHODS[options.method].two_streams else None
-        loader = self.task.loader(halves[0] if halves else "train", options.batch_size, self.generator)
-        arch_loader = self.task.loader(halves[1], options.batch_size, self.generator) if halves else None
-        steps = options.search_epochs * len(loader)
+        weight_part, arch_part = self.task.train_halves(self.seed) if method.two_streams else (self.task.train, None)
+        loader = self.task.loader(weight_part, options.batch_size, self.generator)
+        chosen = {"seed": self.seed} if "seed" in method.options() else {}
         search = Search(
             mixed, Budget.parse(options.budget), options.method,
-            steps=steps, weight_lr=options.search_lr, arch_lr=options.arch_lr, convention=options.convention, **options.of_search(),
+            steps=options.search_epochs * len(loader), weight_lr=options.search_lr, arch_lr=options.arch_lr,
+            convention=options.convention, **{**chosen, **options.of_search()},
         )  # fmt: skip
-        self.watcher.phase("search", self.seed, steps)
         self._checkpoint(mixed)
 
+        def on_step(result: StepResult) -> None:
+            self.watcher.step({"loss": result.loss, "cost": result.cost_ratio})
+
         def on_epoch(values: dict[str, Any]) -> None:
-            values["val_accuracy"] = accuracy_on(mixed, self.task.loader("val", 256))[1]
+            with search.method.chosen():
+                values["val_accuracy"] = accuracy_on(mixed, self.task.loader("val", 256))[1]
             self._record("search", mixed, values)
 
         started = time.perf_counter()
         with self._naming_checkpoint():
-            search.fit(
-                loader, arch_loader, options.search_epochs,
-                on_step=lambda r: self.watcher.step({"loss": r.loss, "cost": r.cost_ratio}), on_epoch=on_epoch,
-            )  # fmt: skip
+            self._loop(search, loader, arch_part, on_step, on_epoch)
         self.seconds["search"] = time.perf_counter() - started
         return search
+
+    def _loop(
+        self,
+        search: Search,
+        loader: Loader,
+        arch_part: Split | None,
+        on_step: Callable[[StepResult], None],
+        on_epoch: Callable[[dict[str, Any]], None],
+    ) -> None:
+        epochs, size = self.options.search_epochs, self.options.batch_size
+        if self.options.loop == "steps":
+            arch_loader = None if arch_part is None else self.task.loader(arch_part, size, self.generator)
+            self.watcher.phase("search", self.seed, epochs * len(loader))
+            search.fit(loader, arch_loader, epochs, on_step=on_step, on_epoch=on_epoch)
+            return
+        assert arch_part is not None and isinstance(search.method, Zur)
+        parts = [Split(*arch_part[index]) for index in stratified(arch_part.y, [1 / ARCH_PARTS] * ARCH_PARTS, self.seed)]
+        arch_loaders = [self.task.loader(part, size, self.generator) for part in parts]
+        steps = sum(len(arch_loaders[epoch % ARCH_PARTS]) for epoch in range(epochs))
+        self.watcher.phase("search", self.seed, steps + epochs * len(search.method.stages.epochs) * len(loader))
+        alternate(search, loader, arch_loaders, epochs, on_step=on_step, on_epoch=on_epoch)
 
     def _train(self, phase: str, net: nn.Module, epochs: int, lr: float) -> None:
         loader = self.task.loader("train", self.options.batch_size, self.generator)

@@ -37,6 +37,8 @@ class RunOptions:
     seed, seeds         first seed and number of repetitions; the data split is the same for all
     convention          how bit operations are counted (see qprune.cost)
     quantizer           "nice" or "uniq" for weights and activations of "zur"; "" for the method's own
+    loop                "steps": methods with data for the weights and for the logits take one step on each in turn; "epochs": method zur
+                        alternates between epochs of logits and of weights, which are quantized in stages
     method_options      further arguments of the method, by name
     """
 
@@ -61,6 +63,7 @@ class RunOptions:
     convention: str = "product"
     pairs: tuple[tuple[int, int], ...] = ()
     quantizer: str = ""
+    loop: str = "steps"
     method_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -68,6 +71,10 @@ class RunOptions:
         self._one_of("model", models.names())
         self._one_of("method", tuple(METHODS))
         self._one_of("convention", tuple(CONVENTIONS))
+        if self.loop not in ("steps", "epochs"):
+            raise OptionError(f"loop: expected steps or epochs, got {self.loop!r}")
+        if self.loop == "epochs" and self.method != "zur":
+            raise OptionError(f"loop: 'epochs' goes with method zur, got {self.method}")
         known = (*METHODS[self.method].options(), *METHODS[self.method].network_options)
         for name in self.method_options:
             if name not in known:

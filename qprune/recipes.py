@@ -35,7 +35,7 @@ class Recipe(Protocol):
     def prepare(self, net: nn.Module, batches: Sequence[Tensor]) -> nn.Module:
         """The float network in its searchable form; the network itself is not changed."""
 
-    def finish(self, search: Search, policy: Policy) -> nn.Module:
+    def finish(self, search: Search, policy: Policy, batches: Sequence[Tensor]) -> nn.Module:
         """The network with what was chosen, to be fine-tuned."""
 
     def uniform(self, net: nn.Module, search: Search, batches: Sequence[Tensor]) -> tuple[str, nn.Module]:
@@ -63,7 +63,7 @@ class BitRecipe:
     def _prepared(self, net: nn.Module, space: SearchSpace, batches: Sequence[Tensor]) -> nn.Module:
         return calibrate(prepare(net, space, self.rules(net), self.example), batches)
 
-    def finish(self, search: Search, policy: Policy) -> nn.Module:
+    def finish(self, search: Search, policy: Policy, batches: Sequence[Tensor]) -> nn.Module:
         return convert(search.model, policy)
 
     def uniform(self, net: nn.Module, search: Search, batches: Sequence[Tensor]) -> tuple[str, nn.Module]:
@@ -91,14 +91,14 @@ class WidthRecipe:
     def _slim(self, net: nn.Module) -> nn.Module:
         return slim(net, self.example, **self.options.of_network())
 
-    def finish(self, search: Search, policy: Policy) -> nn.Module:
+    def finish(self, search: Search, policy: Policy, batches: Sequence[Tensor]) -> nn.Module:
         assert isinstance(search.method, Slimmable)
-        return extract(search.model, search.method.widths())
+        return extract(search.model, search.method.widths(), batches)
 
     def uniform(self, net: nn.Module, search: Search, batches: Sequence[Tensor]) -> tuple[str, nn.Module]:
         model = self._slim(net)
         ratio = ratio_above(model, search.limits["macs"])
-        return f"uniform width {ratio:.3g}", extract(model, homogeneous(model, ratio))
+        return f"uniform width {ratio:.3g}", extract(model, homogeneous(model, ratio), batches)
 
 
 def ratio_above(model: nn.Module, limit: float) -> float:

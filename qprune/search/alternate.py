@@ -21,6 +21,7 @@ from qprune.errors import InputError
 from qprune.nn.stacked import losses
 from qprune.search.configurations import Configurations
 from qprune.search.driver import Loss, Search
+from qprune.search.method import StepResult
 from qprune.search.zur import Zur
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -33,6 +34,7 @@ def alternate(
     epochs: int = 40,
     loss: Loss = F.cross_entropy,
     homogeneous: bool = False,
+    on_step: Callable[[StepResult], None] | None = None,
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Continue a search with method "zur" until it has `epochs` outer epochs; returns the history, to which each adds
@@ -63,18 +65,23 @@ def alternate(
         total = torch.stack([losses(search.model, choices, task, batch, method.statistics) * len(batch[1]) for batch in batches]).sum(0)
         return (total / sum(len(y) for _, y in batches)).tolist()  # type: ignore[no-any-return]
 
+    def told(result: StepResult) -> Tensor:
+        if on_step is not None:
+            on_step(result)
+        return result.values
+
     for epoch in range(len(search.history), epochs):
         entry: dict[str, Any] = {"epoch": epoch, "likely_loss": mean_losses(configurations.likely())[0]}
         if homogeneous:
             labels, choices = homogeneous_choices(configurations)
             entry["homogeneous"] = dict(zip(labels, mean_losses(choices), strict=True))
         part = _batches(arch_loaders[epoch % len(arch_loaders)], search.model)
-        entry["arch_loss"] = _mean([(method.logit_step(task, batch).values[0], len(batch[1])) for batch in part])
+        entry["arch_loss"] = _mean([(told(method.logit_step(task, batch))[0], len(batch[1])) for batch in part])
         search.model.train()
         steps = []
         for stage in method.stages.epochs if method.staged else [len(method.stages) - 1]:
             method.stages.set(stage)
-            steps += [(method.weight_step(task, batch).values, len(batch[1])) for batch in _batches(weight_loader, search.model)]
+            steps += [(told(method.weight_step(task, batch)), len(batch[1])) for batch in _batches(weight_loader, search.model)]
         entry["loss"] = _mean([(values[0], size) for values, size in steps])
         entry |= {"cost_ratio": float(steps[-1][0][1]), "multiplier": float(steps[-1][0][2]), **method.summary()}
         search.history.append(entry)

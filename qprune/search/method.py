@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar, NoReturn
 
 import torch
@@ -101,6 +102,11 @@ class Method:
     def policy(self, budget: Budget) -> Policy:
         """The likeliest policy within the budget, with what is left of the budget spent on more bits (see `allocate`)."""
         return allocate(self.model, budget, convention=self.convention, spend=True)
+
+    @contextmanager
+    def chosen(self) -> Iterator[None]:
+        """Meanwhile the model computes what the method would choose now, where that is not what it always computes."""
+        yield
 
     def step(
         self, closure: Closure, arch_closure: Closure | None = None, batch: Sequence[Tensor] = (), arch_batch: Sequence[Tensor] = ()

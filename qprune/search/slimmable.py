@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -173,6 +174,15 @@ class Slimmable(Method):
             torch.nn.utils.clip_grad_norm_([part.logits for part in self.space.parts], self.clip_grad)
         self.logits.step()
         return self._values(problem.measured.mean())
+
+    @contextmanager
+    def chosen(self) -> Iterator[None]:
+        """The widths that the distribution stands for."""
+        set_widths(self.model, self.extracted())
+        try:
+            yield
+        finally:
+            self._widen()
 
     def named(self, widths: Tensor) -> dict[str, int]:
         return dict(zip(self.structure.names, widths.tolist(), strict=True))

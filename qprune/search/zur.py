@@ -17,7 +17,8 @@ exact budget in place of the extraction. Gradual quantization belongs to the pap
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -147,6 +148,13 @@ class Zur(Method):
     def policy(self, budget: Budget) -> Policy:
         """The likeliest counts within the budget, with what is left of it spent on more bits (see `allocate_counts`)."""
         return allocate_counts(self.model, budget, self.convention, spend=True, sensitivity=self._measured())
+
+    @contextmanager
+    def chosen(self) -> Iterator[None]:
+        """The paper's configuration of the present logits."""
+        self._rank()
+        self.configurations.use(self.configurations.likely())
+        yield
 
     @functools.cached_property
     def expected_cost(self) -> Callable[[], Expected]:  # type: ignore[override]
