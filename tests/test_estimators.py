@@ -254,6 +254,37 @@ def test_triple_by_enumeration() -> None:
     assert max((m - e).abs().max().item() for m, e in zip(mean, exact_gradient(toy(1)), strict=True)) > 0.1
 
 
+@pytest.mark.parametrize("center", ["network", "layer"])
+@pytest.mark.parametrize(("kind", "parts"), [(RandomPath, (5,)), (TripleAlphas, (2, 3))])
+def test_variance_of_paths_is_that_of_independent_groups(kind: type[RandomPath], parts: tuple[int, ...], center: str) -> None:
+    """The estimate is linear in the losses, which are drawn in groups: one per layer, candidate and kind of path. So its variance is the
+    sum over groups of (sum of squared weights) times (sample variance)."""
+    candidates = (2, 3, 2)
+    layers = [FilterCounts(torch.randn(k, dtype=torch.float64), 2) for k in candidates]
+    groups = [size for k in candidates for size in parts for _ in range(k)]
+    losses = torch.randn(sum(groups), dtype=torch.float64)
+
+    class Given:
+        distributions = layers
+
+        def __init__(self, values: Tensor) -> None:
+            self.left = values
+
+        def losses(self, draws: Sequence[Tensor]) -> Tensor:
+            now, self.left = self.left[: len(draws[0])], self.left[len(draws[0]) :]
+            return now
+
+        def relaxed(self, p: Sequence[Tensor], hard: bool) -> Tensor:
+            raise NotImplementedError
+
+    estimator = kind(sum(parts), center)
+    weights = torch.autograd.functional.jacobian(lambda values: torch.cat(estimator(Given(values)).gradients), losses)
+    spread = [w.square().sum(1) * part.var() for w, part in zip(weights.split(groups, 1), losses.split(groups), strict=True)]
+    found = estimator(Given(losses))
+    torch.testing.assert_close(weights @ losses, torch.cat(found.gradients))
+    torch.testing.assert_close(torch.cat(found.variances), torch.stack(spread).sum(0))
+
+
 def test_triple_where_layers_have_other_numbers_of_candidates() -> None:
     """The middle layer lacks candidate 2: the layers beside it are then evaluated without it, and without its factor."""
     layers = [FilterCounts(torch.zeros(k, dtype=torch.float64), 3) for k in (3, 2, 3)]
@@ -336,6 +367,10 @@ def test_gumbel_coefficients(hard: bool) -> None:
     torch.testing.assert_close(share, logits.exp(), atol=0.012, rtol=0)
     if hard:
         assert set(p.flatten().tolist()) == {0.0, 1.0}
+    else:
+        assert (p.max(1).values > 0.99).float().mean() > 0.9
+        hot = GumbelSoftmax(temperature=1000.0).coefficients(logits, 100, torch.Generator().manual_seed(0))
+        torch.testing.assert_close(hot, torch.full((100, 3), 1 / 3), atol=0.01, rtol=0)
 
 
 def test_straight_through_coefficients_are_draws() -> None:

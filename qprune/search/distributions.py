@@ -187,10 +187,10 @@ class Freezer:
         return [bool((counter >= self.steps).any()) for counter in self._counters]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"limit": self.limit, "steps": self.steps, "counters": [counter.clone() for counter in self._counters]}
+        return {"limit": self.limit, "steps": self.steps, "counters": list(self._counters)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if (state["limit"], state["steps"]) != (self.limit, self.steps):
             was = f"limit={state['limit']}, steps={state['steps']}"
             raise CheckpointError(f"freeze rule: the state was made with {was}, this search has limit={self.limit}, steps={self.steps}")
-        self._counters = [counter.clone() for counter in state["counters"]]
+        self._counters = list(state["counters"])
