@@ -84,7 +84,7 @@ def test_equal_costs_leave_nothing_to_adjust() -> None:
 def test_the_interval_of_the_ratio_covers_the_truth(sizes: list[int], between: float, adjusted: bool) -> None:
     rng = np.random.default_rng(len(sizes) + adjusted)
     costs = [float(i) for i in range(len(sizes))] if adjusted else None
-    below, above, repeats = 0, 0, 1500
+    below, above, repeats = 0, 0, 1000
     for _ in range(repeats):
         low, high = one_way(simulated(rng, sizes, between, 1.0, slope=0.4 if adjusted else 0.0), costs).ratio_interval
         below += high < between**2

@@ -110,7 +110,7 @@ def components(
     means: Array, sizes: Array, squares: float, df_w: int, covariate: Sequence[float] | None = None, level: float = 0.95
 ) -> Components:
     """From the means [A] of configurations with so many runs [A], and the sum of squares within them with df_w degrees of freedom."""
-    x = np.ones((len(means), 1)) if covariate is None else np.stack([np.ones(len(means)), _standardised(covariate)], 1)
+    x = np.ones((len(means), 1)) if covariate is None or not len(means) else np.stack([np.ones(len(means)), _standardised(covariate)], 1)
     df = len(means) - int(np.linalg.matrix_rank(x)) if len(means) else 0
     if df < 1 or df_w < 1:
         raise InputError(

@@ -63,7 +63,7 @@ class Bench:
         }
 
     def float_network(self, seed: int) -> tuple[nn.Module, str]:
-        """The trained float network of a seed and a digest of its file; trained by the first process that needs it, others wait."""
+        """The trained float network of a seed and a digest of its tensors; trained by the first process that needs it, others wait."""
         path = self.folder / f"float-{seed}.safetensors"
         with _locked(self.folder / f".float-{seed}.lock"):
             if not path.exists():
@@ -71,10 +71,19 @@ class Bench:
                 net = self.kind.float_network()
                 fit(net, self._loader(torch.Generator().manual_seed(seed)), self.options.float_epochs, lr=self.options.float_lr)
                 save(net, path)
-        return load(path, self.kind.float_network), hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        net = load(path, self.kind.float_network)
+        return net, _digest(net)
 
     def _loader(self, generator: torch.Generator) -> Any:
         return self.task.loader("train", self.options.batch_size, generator)
+
+
+def _digest(net: nn.Module) -> str:
+    """Of all tensors, by name; equal for equal networks (a safetensors file's header is not)."""
+    digest = hashlib.sha256()
+    for name, value in sorted(net.state_dict().items()):
+        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 @contextmanager
