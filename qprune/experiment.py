@@ -122,10 +122,12 @@ class Experiment:
         weight_part, arch_part = self.task.train_halves(self.seed) if method.two_streams else (self.task.train, None)
         loader = self.task.loader(weight_part, options.batch_size, self.generator)
         chosen = {"seed": self.seed} if "seed" in method.options() else {}
+        # the outer loop begins its stages anew in every epoch, at the same rate
+        steps = options.search_epochs * len(loader) if options.loop == "steps" else None
         search = Search(
             mixed, Budget.parse(options.budget), options.method,
-            steps=options.search_epochs * len(loader), weight_lr=options.search_lr, arch_lr=options.arch_lr,
-            convention=options.convention, **{**chosen, **options.of_search()},
+            steps=steps, weight_lr=options.search_lr, arch_lr=options.arch_lr, convention=options.convention,
+            **{**chosen, **options.of_search()},
         )  # fmt: skip
         self._checkpoint(mixed)
 

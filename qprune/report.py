@@ -143,6 +143,13 @@ def _figures(result: Result) -> str:
     gray = " Grey: left in float." if any(FLOAT in (layer["w"] or []) for layer in layers_of(result)) else ""
     faint = "Faint: one point per seed; solid: the mean with its 95 % interval. " if len(runs) > 1 else ""
     others = "Bold line: the first seed; faint lines: the others. " if len(runs) > 1 else ""
+    widths = {b for layer in layers_of(result) for b in layer["w"] or []} == {PRUNED, FLOAT}
+    bits = _figure(
+        "Bits per layer",
+        figures.bits_by_layer(result),
+        "f2",
+        f"{first}Layers in network order; weight bits are means over filters, activation bits those of the layer's input.{gray}",
+    )
     return "\n".join(
         (
             _figure(
@@ -151,13 +158,10 @@ def _figures(result: Result) -> str:
                 "f1",
                 f"{faint}Dashed line: the budget. Up and to the left is better.",
             ),
+            "" if widths else bits,
             _figure(
-                "Bits per layer",
-                figures.bits_by_layer(result),
-                "f2",
-                f"{first}Layers in network order; weight bits are means over filters.{gray}",
+                "Filters kept" if widths else "Bits per filter", figures.bits_by_filter(result), "f3", f"{first}{cells}", _layers(result)
             ),
-            _figure("Bits per filter", figures.bits_by_filter(result), "f3", f"{first}{cells}", _layers(result)),
             _figure(
                 "How the choice evolved",
                 figures.evolution(result),
@@ -211,7 +215,8 @@ def _unfinished(result: Result) -> str:
 def _page(result: Result) -> str:
     model, data, method = (get(result, "options", key) for key in ("model", "data", "method"))
     title = f"{model or 'network'} on {data}" if data else str(model or "Run")
-    title = escape(f"Bit search: {title}" if "metrics" not in result else "Bit search (unfinished)")
+    kind = "Width search" if method == "slimmable" else "Bit search"
+    title = escape(f"{kind}: {title}" if "metrics" not in result else f"{kind} (unfinished)")
     count = len(runs_of(result))
     facts = [budget_label(result), f"method {method}" if method else "", f"{count} seeds" if count > 1 else "1 seed"]
     verdict = get(result, "summary", "verdict")
