@@ -28,8 +28,10 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 class Stack:
     """While it is entered, the model evaluates S configurations: its layers' forwards are replaced, its modes are those of evaluation."""
 
-    def __init__(self, model: nn.Module, choices: Choices, statistics: str) -> None:
+    def __init__(self, model: nn.Module, choices: Choices, statistics: str, weights: dict[nn.Module, Tensor] | None = None) -> None:
+        """weights: the units' quantized weights (see FilterConv2d.candidate_weights), kept here for another Stack of the same model."""
         self.model, self.batch_statistics = model, statistics == "batch"
+        self.weights = {} if weights is None else weights
         self.size = next(iter(choices.values())).size(0)
         self.choice: dict[nn.Module, Tensor] = {}
         for name, unit in model.named_modules():
@@ -79,7 +81,9 @@ class Stack:
         if x.size(1) not in (layer.in_channels, self.size * layer.in_channels):
             raise InputError(f"layer {layer.layer_name}: expected {layer.in_channels} input channels, got shape {tuple(x.shape)}")
         x = layer.quantized_input(x)
-        weight = chosen_rows(layer.candidate_weights(), self.choice[layer.gate])
+        if layer not in self.weights:
+            self.weights[layer] = layer.candidate_weights()
+        weight = chosen_rows(self.weights[layer], self.choice[layer.gate])
         bias = None if layer.bias is None else layer.bias.repeat(self.size)
         groups = 1
         if x.size(1) == self.size * layer.in_channels:

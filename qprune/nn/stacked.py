@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from qprune.errors import InputError
 from qprune.nn.filterwise import FilterConv2d
@@ -20,16 +20,19 @@ from qprune.record import unwrap
 
 log = logging.getLogger("qprune")
 STATISTICS: tuple[str, ...] = ("batch", "running")
+_MOST = 16
+_PIXELS = 1 << 17  # on two cores, resnet20 with more than 32 images of 32 x 32 times 4 configurations is no faster together
+_PIXELS_ON_A_GPU = 1 << 24
 _stackable: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
-def stacked_logits(model: nn.Module, choices: Choices, x: Any, statistics: str = "batch", together: int = 16) -> Tensor:
+def stacked_logits(model: nn.Module, choices: Choices, x: Any, statistics: str = "batch", together: int | None = None) -> Tensor:
     """What the model gives in S configurations, [S, N, classes], without gradients and with everything quantized (eval mode).
 
     choices     unit (name of its convolution) → candidate of every filter, [S, F] int64; units that are not named keep their gate's choice
     x           the model's argument
     statistics  "batch": every configuration is normalised by its own batch's statistics; "running": by those the model has
-    together    configurations per pass at most
+    together    configurations per pass at most; None: 16, or fewer where the batch fills the caches (or the memory of a GPU) by itself
 
     A network whose own code mixes channels in a way that keeps configurations no longer apart is found by comparing two configurations
     with one at a time, once per model, in float64; it is evaluated in S passes, after one log line.
@@ -44,7 +47,7 @@ def losses(
     closure: Callable[..., Tensor],
     batch: Sequence[Any] = (),
     statistics: str = "batch",
-    together: int = 16,
+    together: int | None = None,
 ) -> Tensor:
     """closure(model, *batch) of S configurations, [S] float64, without gradients; arguments as for `stacked_logits`.
 
@@ -64,7 +67,7 @@ class Replay:
     """A stand-in for the model: when it is called, it gives what the model gives in configuration s (see `turned_to`), evaluated for all S
     configurations at the first call. Several calls for one s are told apart by their order."""
 
-    def __init__(self, model: nn.Module, choices: Choices, statistics: str = "batch", together: int = 16) -> None:
+    def __init__(self, model: nn.Module, choices: Choices, statistics: str = "batch", together: int | None = None) -> None:
         self.model, self.choices, self.statistics, self.together = model, choices, statistics, together
         self.size = _check(unwrap(model), choices, statistics)
         self._alone: Stack | None = None
@@ -97,20 +100,38 @@ class Replay:
         return getattr(self.model, name)
 
 
-def _evaluate(model: nn.Module, choices: Choices, args: tuple[Any, ...], kwargs: Mapping[str, Any], statistics: str, together: int) -> Any:
+def _evaluate(
+    model: nn.Module, choices: Choices, args: tuple[Any, ...], kwargs: Mapping[str, Any], statistics: str, together: int | None
+) -> Any:
     inner = unwrap(model)
     size = _check(inner, choices, statistics)
-    if size > 1 and together > 1 and inner not in _stackable:
-        _stackable[inner] = _agrees(inner, args, kwargs, statistics)
-    at_once = together if _stackable.get(inner, True) else 1
-    parts = [_pass(inner, _part(choices, i, i + at_once), args, kwargs, statistics) for i in range(0, size, at_once)]
-    return (
-        parts[0] if len(parts) == 1 else tree_map(lambda *values: torch.cat(values) if isinstance(values[0], Tensor) else values[0], *parts)
-    )
+    at_once = _at_once(args, kwargs) if together is None else together
+    if size > 1 and at_once > 1:
+        if inner not in _stackable:
+            _stackable[inner] = _agrees(inner, args, kwargs, statistics)
+        at_once = at_once if _stackable[inner] else 1
+    weights: dict[nn.Module, Tensor] = {}
+    return _joined([_pass(inner, _part(choices, i, i + at_once), args, kwargs, statistics, weights) for i in range(0, size, at_once)])
 
 
-def _pass(model: nn.Module, choices: Choices, args: tuple[Any, ...], kwargs: Mapping[str, Any], statistics: str) -> Any:
-    with torch.no_grad(), Stack(model, choices, statistics) as stack:
+def _at_once(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """Configurations per pass, by the pixels of the batch."""
+    x = next((value for value in tree_leaves((args, dict(kwargs))) if isinstance(value, Tensor) and value.dim() > 1), None)
+    if x is None:
+        return _MOST
+    pixels = x.numel() // max(x.size(1), 1)
+    return max(1, min(_MOST, (_PIXELS_ON_A_GPU if x.is_cuda else _PIXELS) // max(pixels, 1)))
+
+
+def _pass(
+    model: nn.Module,
+    choices: Choices,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    statistics: str,
+    weights: dict[nn.Module, Tensor] | None = None,
+) -> Any:
+    with torch.no_grad(), Stack(model, choices, statistics, weights) as stack:
         return tree_map(stack.split, model(*args, **kwargs))
 
 
