@@ -95,6 +95,7 @@ def study(
     batch_size: Annotated[int, typer.Option(help="Samples per step.")] = 64,
     lr: Annotated[float, typer.Option(help="Learning rate of the trials.")] = 0.03,
     convention: Annotated[str, typer.Option(help="bits: how bit operations are counted, product, zur or uniq.")] = "zur",
+    quantizer: Annotated[str, typer.Option(help="bits: nice or uniq, of weights and activations.")] = "nice",
     out: Out = Path("runs/study"),
     storage: Annotated[str, typer.Option(help="A shared database, postgresql://…; default: study.db in the folder.")] = "",
     name: Annotated[str, typer.Option(help="Name in that database; default: the folder's name.")] = "",
@@ -110,7 +111,7 @@ def study(
     options = StudyOptions(
         kind=kind, data=data, model=model, layer=layer, pairs=arguments.pairs(pairs), step=step, others=arguments.pair(others),
         ratios=arguments.numbers(ratios), seeds=seeds, seed=seed, float_epochs=float_epochs, epochs=epochs, batch_size=batch_size, lr=lr,
-        convention=convention,
+        weight_quantizer=quantizer, input_quantizer=quantizer, convention=convention,
     )  # fmt: skip
     with StudyBar(console) as bar:
         result = run(options.quick() if quick else options, out, storage or None, name or None, workers, bar.watch)

@@ -97,8 +97,17 @@ def test_the_sentence(between: float, within: float, answer: str, words: str) ->
     result = analyse(POINTS, trials(noisy(between, within, 1), seeds=20), 1.0, "BOPs")
     assert result["decision"]["answer"] == answer
     assert words in result["sentence"]
-    found = result["variance"]["one_way_cost"]
+    assert result["decision"]["analysis"] == "blocked_cost"
+    found = result["variance"]["blocked_cost"]
     assert f"{100 * found['within'] ** 0.5:.2f} between seeds" in result["sentence"]
+
+
+def test_a_seed_s_common_effect_does_not_hide_differences() -> None:
+    accuracy = noisy(0.01, 0.002, 4)
+    plain = analyse(POINTS, trials(accuracy), 1.0, "BOPs")["decision"]
+    shifted = analyse(POINTS, trials(lambda index, seed: accuracy(index, seed) + 0.05 * seed), 1.0, "BOPs")
+    assert plain["answer"] == "yes" and shifted["decision"] == plain
+    assert shifted["variance"]["one_way_cost"]["within"] > 100 * shifted["variance"]["blocked_cost"]["within"]
 
 
 def test_undecided_says_what_would_decide() -> None:
@@ -121,7 +130,7 @@ def test_the_threshold_moves_the_question() -> None:
 @pytest.mark.parametrize("seeds", [0, 1])
 def test_too_few_runs_for_an_answer(seeds: int) -> None:
     result = analyse(POINTS, trials(line, seeds=seeds), 1.0, "BOPs")
-    assert result["decision"] == {"answer": "undecided", "seeds": None, "text": result["decision"]["text"]}
+    assert result["decision"] == {"answer": "undecided", "seeds": None, "analysis": "", "text": result["decision"]["text"]}
     assert "Too few runs" in result["sentence"]
 
 

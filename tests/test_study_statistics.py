@@ -128,6 +128,8 @@ def test_the_least_number_of_runs() -> None:
     assert needed is not None
     assert power(0.3, 40, needed) >= 0.8 > power(0.3, 40, needed - 1)
     assert runs_needed(0.3, 40, columns=2) in (needed, needed + 1)
+    crossed = runs_needed(0.3, 40, crossed=True)
+    assert crossed is not None and power(0.3, 40, crossed, crossed=True) >= 0.8 > power(0.3, 40, crossed - 1, crossed=True)
     assert runs_needed(0.95, 10) is None
     assert runs_needed(0.3, 1) is None
 

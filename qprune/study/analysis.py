@@ -18,15 +18,20 @@ from qprune.study.statistics import Components, blocked, mean_interval, one_way,
 METRICS = ("val_accuracy", "test_accuracy", "test_loss")
 POWER = 0.8
 _MOST_SEEDS = 1000
+_PREFERRED = ("blocked_cost", "blocked", "one_way_cost", "one_way")
 
 
 @dataclass(frozen=True)
 class Decision:
-    """answer: "yes" where the interval of σ_b/σ_w lies above the threshold, "no" where it lies below, else "undecided". seeds: how many per
-    configuration would decide with 80 % power if the estimated ratio were the true one; None where 1000 would not."""
+    """answer    "yes" where the interval of σ_b/σ_w lies above the threshold, "no" where it lies below, else "undecided"
+    seeds     how many per configuration would decide with 80 % power if the estimated ratio were the true one; None where 1000 would not
+    analysis  the one of `variances` that was used, "" for none
+    text      the answer in a sentence
+    """
 
     answer: str
     seeds: int | None
+    analysis: str
     text: str
 
 
@@ -79,22 +84,20 @@ def variances(rows: Sequence[Mapping[str, Any]]) -> dict[str, Components | float
 
 
 def decide(variance: Mapping[str, Components | float], threshold: float) -> Decision:
-    """Whether heterogeneous configurations of equal cost differ by more than seeds do, from the cost-adjusted one-way components."""
-    chosen = variance.get("one_way_cost", variance.get("one_way"))
+    """Whether heterogeneous configurations of equal cost differ by more than repeated trainings of one configuration do.
+
+    All configurations share the float network of a seed, so their runs are not independent between configurations: the blocked analysis
+    is used where every configuration has every seed, else the one-way analysis, which then understates the differences.
+    """
+    name = next((name for name in _PREFERRED if name in variance), "")
+    chosen = variance.get(name)
     if not isinstance(chosen, Components):
-        return Decision(
-            "undecided", None, "Too few runs to tell configurations from noise: at least two heterogeneous ones and two seeds are needed."
-        )
-    adjusted = "one_way_cost" in variance
+        text = "Too few runs to tell configurations from noise: at least two heterogeneous ones and two seeds are needed."
+        return Decision("undecided", None, "", text)
+    adjusted, crossed = name.endswith("_cost"), name.startswith("blocked")
     ratio, (low, high) = math.sqrt(chosen.ratio), (math.sqrt(bound) for bound in chosen.ratio_interval)
-    columns = 2 if adjusted else 1
-    if low > threshold:
-        answer = "yes"
-    elif high < threshold:
-        answer = "no"
-    else:
-        answer = "undecided"
-    needed = runs_needed(chosen.ratio, chosen.groups, threshold, columns, POWER, _MOST_SEEDS)
+    answer = "yes" if low > threshold else "no" if high < threshold else "undecided"
+    needed = runs_needed(chosen.ratio, chosen.groups, threshold, 2 if adjusted else 1, crossed, POWER, _MOST_SEEDS)
     which = "heterogeneous networks of equal cost" if adjusted else "heterogeneous networks"
     than = "seed noise" if threshold == 1 else f"{threshold:g} times seed noise"
     text = (
@@ -105,10 +108,11 @@ def decide(variance: Mapping[str, Components | float], threshold: float) -> Deci
     )
     if answer == "undecided":
         text += (
-            f" About {needed} seeds per configuration would decide." if needed else f" With {chosen.groups} configurations no number of "
-            "seeds would decide: more configurations are needed."
-        )  # fmt: skip
-    return Decision(answer, needed, text)
+            f" About {needed} seeds per configuration would decide."
+            if needed
+            else f" With {chosen.groups} configurations no number of seeds would decide: more configurations are needed."
+        )
+    return Decision(answer, needed, name, text)
 
 
 def _points(variance: float) -> str:

@@ -53,14 +53,14 @@ _MATCHED_CAPTION = (
 
 def _tiles(result: Mapping[str, Any]) -> str:
     variance = result["variance"]
-    chosen = variance.get("one_way_cost") or variance.get("one_way")
+    chosen = variance.get(result["decision"]["analysis"])
     matched = result["matched"]
     tiles = []
     if chosen:
         low, high = (_root(bound) for bound in chosen["ratio_interval"])
         tiles += [
             ("Between configurations", _deviation(chosen["between"]), "points", "standard deviation of test accuracy, at equal cost"),
-            ("Between seeds", _deviation(chosen["within"]), "points", "standard deviation of repeated runs"),
+            ("Between seeds", _deviation(chosen["within"]), "points", "standard deviation of repeated trainings"),
             ("Ratio", _root(chosen["ratio"]), "", f"95 % interval {low} to {high}; p = {chosen['p_value'] or 0:.2g} for none at all"),
         ]
     if matched["compared"]:
@@ -94,14 +94,14 @@ def _variance(result: Mapping[str, Any]) -> str:
                 p,
                 f"{c['df']}, {c['df_w']}",
             ]
-            rows.append(("main" if name == "one_way_cost" else "", [label, *cells]))
+            rows.append(("main" if name == result["decision"]["analysis"] else "", [label, *cells]))
     if not rows:
         return ""
     head = ("Heterogeneous networks", "σ between", "σ within", "Ratio", "95 % interval", "ICC", "p", "df")
     seeds = result["variance"].get("seeds")
     caption = (
         "Random effects; σ in points of test accuracy; intervals of the ratio are exact (Wald 1940). “At equal cost”: a linear effect of "
-        "cost is taken out."
+        "cost is taken out. Bold: the one that the answer rests on."
     )
     caption += "" if seeds is None else f" Common to all configurations of a seed (its float network): σ = {_deviation(seeds)}."
     return f'<section><h2>Variance components</h2>{_table(head, rows)}<p class="caption">{caption}</p></section>'

@@ -172,14 +172,17 @@ def _icc(ratio: float) -> float:
     return 1.0 if math.isinf(ratio) else ratio / (1 + ratio)
 
 
-def power(ratio: float, groups: int, runs: int, threshold: float = 1.0, columns: int = 1, level: float = 0.95) -> float:
+def power(
+    ratio: float, groups: int, runs: int, threshold: float = 1.0, columns: int = 1, crossed: bool = False, level: float = 0.95
+) -> float:
     """The probability that an experiment of `groups` configurations with `runs` runs each decides, by its interval of σ_b²/σ_w², on which
     side of threshold² that ratio lies, if it truly is `ratio`. In closed form: F / (1 + n·ratio) has the F distribution.
 
     threshold  of σ_b/σ_w
     columns    columns of x: 1, or 2 with a covariate
+    crossed    the runs are the same seeds for all configurations, as in `blocked`
     """
-    df, df_w = groups - columns, groups * (runs - 1)
+    df, df_w = groups - columns, (groups - crossed) * (runs - 1)
     if df < 1 or df_w < 1:
         return 0.0
     tail = (1 - level) / 2
@@ -190,14 +193,18 @@ def power(ratio: float, groups: int, runs: int, threshold: float = 1.0, columns:
 
 
 def runs_needed(
-    ratio: float, groups: int, threshold: float = 1.0, columns: int = 1, wanted: float = 0.8, most: int = 1000, level: float = 0.95
+    ratio: float, groups: int, threshold: float = 1.0, columns: int = 1, crossed: bool = False, wanted: float = 0.8, most: int = 1000
 ) -> int | None:
     """The least number of runs per configuration with which `power` reaches `wanted`; None if `most` are too few: then only more
     configurations can decide."""
-    if power(ratio, groups, most, threshold, columns, level) < wanted:
+
+    def enough(runs: int) -> bool:
+        return power(ratio, groups, runs, threshold, columns, crossed) >= wanted
+
+    if not enough(most):
         return None
     low, high = 1, most
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if power(ratio, groups, middle, threshold, columns, level) >= wanted else (middle, high)
+        low, high = (low, middle) if enough(middle) else (middle, high)
     return high
