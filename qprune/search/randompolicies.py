@@ -12,8 +12,8 @@ from qprune.record import record_of
 from qprune.search.extraction import ranking, unit_policy
 from qprune.search.unitcost import UnitCost
 
-_ATTEMPTS = 200
-_BISECTIONS = 40
+_ATTEMPTS = 20
+_BISECTIONS = 20
 
 
 def random_policies(
