@@ -24,7 +24,9 @@ from qprune.nn.slimlayers import SHORTCUTS, ResidualBlock, SlimBatchNorm2d, Slim
 from qprune.nn.slimorder import ORDERS, sort_filters
 from qprune.nn.slimtrace import SlimStructure, Widths, trace_structure, watching
 from qprune.nn.surgery import copy_model, replace_modules, take_over
-from qprune.record import Record, attach, unwrap
+from qprune.policy import Policy
+from qprune.record import Record, attach, record_of, unwrap
+from qprune.space import PRUNED
 
 RATIOS = (0.25, 0.5, 0.75, 1.0)
 
@@ -171,6 +173,16 @@ def set_widths(model: nn.Module, widths: Widths) -> None:
     for module in net.modules():
         if isinstance(module, SlimBatchNorm2d):
             module.ratio, module.estimated = (ratio if len(module.norms) > 0 else None), False
+
+
+def widths_of(model: nn.Module, policy: Policy) -> dict[str, int]:
+    """The widths that a policy of method slimmable stands for: the filters that are not at 0 bits. Raises PolicyMismatchError for a policy
+    of another network."""
+    record = record_of(model)
+    if record is not None and record.geometry is not None:
+        policy.check(record.geometry)
+    layers = state_of(model).structure.layers.values()
+    return {layer.name: sum(b != PRUNED for b in policy.bits(layer.name).per_filter(layer.filters)) for layer in layers}
 
 
 def flops(model: nn.Module, widths: Widths | None = None) -> int:
