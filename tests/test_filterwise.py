@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qprune.benchmarks.perfilter import per_filter, quantized_activation, quantized_weight
 from qprune.errors import InputError, PolicyMismatchError
@@ -265,6 +266,21 @@ def test_the_input_gradient_is_taken_with_the_quantized_weight() -> None:
     rows = [quantized_weight(model.conv1.weight[f], clip, PAIRS[k][0]) for f, k in enumerate(model.conv1.gate.choice.tolist())]
     expected = torch.nn.grad.conv2d_input(x.shape, torch.stack(rows), g, stride=2, padding=1)
     torch.testing.assert_close(x.grad, expected, rtol=1e-6, atol=1e-6)
+
+
+@OWN
+@MODES
+def test_a_step_reads_no_value_back(own: bool, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class NoReads(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            assert not any(name in str(func) for name in ("_local_scalar_dense", "nonzero", "masked_select", "unique"))
+            return func(*args, **(kwargs or {}))
+
+    # on a CPU, and only there, one_hot looks at its values
+    monkeypatch.setattr(F, "one_hot", lambda t, k: (t.unsqueeze(-1) == torch.arange(k)).long())
+    model, x = searched(own, mode, dtype=torch.float32).train(), images(dtype=torch.float32)
+    with NoReads():
+        model(x).sum().backward()
 
 
 def test_the_reference_quantizers() -> None:

@@ -72,11 +72,12 @@ class FilterBatchNorm2d(_Part, nn.BatchNorm2d):
             return sum_branches(y, self.gate()) if self.last else y
         if not self.own:
             return super().forward(input)
-        p = self.gate()
-        choice = p.detach().argmax(1)
         if self.gate.mode == "sampled":
+            p = self.gate()
+            choice = p.detach().argmax(1)
             weight, bias = (None if t is None else (t * p.t()).sum(0) for t in (self.weight, self.bias))
         else:
+            choice = self._choice()
             weight, bias = (None if t is None else chosen_rows(t, choice) for t in (self.weight, self.bias))
         stats = [None if t is None else chosen_rows(t, choice) for t in (self.running_mean, self.running_var)]
         y, batch = self._normalise(input, weight, bias, *stats)
@@ -84,6 +85,11 @@ class FilterBatchNorm2d(_Part, nn.BatchNorm2d):
             index = (choice, torch.arange(self.num_features, device=choice.device))
             self._follow(index, *batch)
         return y
+
+    def _choice(self) -> Tensor:
+        if isinstance(self.gate, FilterGate):
+            return self.gate.choice
+        return torch.zeros(self.num_features, dtype=torch.int64, device=self.gate.one.device)
 
     def _branches(self, x: Tensor) -> Tensor:
         k = x.size(0)
@@ -124,20 +130,19 @@ class FilterBatchNorm2d(_Part, nn.BatchNorm2d):
 
     def as_plain(self) -> nn.BatchNorm2d:
         """The nn.BatchNorm2d of the chosen candidates."""
-        return self.chosen(self.gate.choice if isinstance(self.gate, FilterGate) else None)
+        return self.chosen(self._choice())
 
-    def chosen(self, choice: Tensor | None) -> nn.BatchNorm2d:
-        """The nn.BatchNorm2d of the candidates `choice` [F] (None: of the first)."""
+    def chosen(self, choice: Tensor) -> nn.BatchNorm2d:
+        """The nn.BatchNorm2d of the candidates `choice` [F]."""
 
         def strip(norm: nn.BatchNorm2d) -> None:
             for name in ("gate", "own", "last"):
                 norm.__dict__.pop(name, None)
             if not self.own:
                 return
-            rows = self.running_mean.new_zeros(self.num_features, dtype=torch.int64) if choice is None else choice  # type: ignore[union-attr]
             for name, t in [*norm._parameters.items(), *norm._buffers.items()]:
                 if t is not None:
-                    row = chosen_rows(t.detach(), rows)
+                    row = chosen_rows(t.detach(), choice)
                     row = row.amax() if name == "num_batches_tracked" else row
                     if name in norm._parameters:
                         norm._parameters[name] = nn.Parameter(row, requires_grad=t.requires_grad)
