@@ -192,6 +192,31 @@ def test_all_estimators_move_the_logits(estimator: str) -> None:
     assert [g.mode for g in gates(model)] == buffers == ["fixed", "fixed"]
 
 
+@pytest.mark.parametrize(
+    "space",
+    [
+        {"shared_weights": False},
+        {"weight_quantizer": "uniq", "input_quantizer": "uniq"},
+        {"weight_quantizer": "lsq", "input_quantizer": "pact"},
+        {"granularity": "layer", "shared_weights": False},
+    ],
+    ids=["own", "uniq", "pact", "layer-own"],
+)
+@pytest.mark.parametrize("estimator", ["score-loo", "gumbel"])
+def test_all_spaces_learn(space: dict[str, Any], estimator: str) -> None:
+    """Both kinds of steps on every kind of unit, with gradient noise, and a policy that fits and can be converted."""
+    model = prepared(block_net(), **space)
+    search, method = search_on(model, estimator=estimator, samples=2)
+    before = parameters(model)
+    method.stages.set(2)
+    for batch in batches(2):
+        search.step(task, task, batch, batch)
+    assert {name for name in before if "logits" in name or name.endswith("conv1.weight")} <= moved(model, before)
+    policy = search.policy()
+    assert float(qprune.cost(model, policy=policy).bops) <= search.limits["bops"]
+    assert qprune.convert(model, policy)(batches(1)[0][0]).isfinite().all()
+
+
 @pytest.mark.parametrize("convention", ["product", "zur"])
 def test_expected_cost_is_the_mean_over_draws(convention: str) -> None:
     """The closed form against 4,000 drawn configurations: exact where the cost is bilinear. In "zur" the width of a sum is approximate, 4 %
@@ -360,6 +385,8 @@ def test_bad_options() -> None:
         ({"statistics": "none"}, "statistics must be one of batch, running"),
         ({"optimizer": "lion"}, "optimizer must be one of adam, sgd"),
         ({"samples": 1}, "at least 2 samples"),
+        ({"freeze": 0.8}, r"freeze must be \(probability, steps\)"),
+        ({"freeze": (0.3, 5)}, "expected a probability"),
     ):
         with pytest.raises(InputError, match=message):
             search_on(model, **options)

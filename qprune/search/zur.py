@@ -127,7 +127,7 @@ class Zur(Method):
         self.configurations = Configurations(self.model, costs)
         self.logits = [d.logits for d in self.configurations.distributions]
         self.stages = Stages(self.model)
-        self.freezer = None if freeze is None else Freezer(float(freeze[0]), int(freeze[1]))
+        self.freezer = None if freeze is None else Freezer(*_pair(freeze))
         self.decay = optimizer == "sgd"
         if self.decay and self.optimizers.arch is not None:
             self.optimizers.arch = torch.optim.SGD(self.logits, self.optimizers.arch.param_groups[0]["lr"])  # type: ignore[assignment]
@@ -281,6 +281,12 @@ class Zur(Method):
         self.stages.load_state_dict(state["stages"])
         if self.freezer is not None:
             self.freezer.load_state_dict(state["freezer"])
+
+
+def _pair(freeze: Sequence[float]) -> tuple[float, int]:
+    if isinstance(freeze, str) or not isinstance(freeze, Sequence) or len(freeze) != 2:
+        raise InputError(f"zur: freeze must be (probability, steps) like (0.8, 10), or None, got {freeze!r}")
+    return float(freeze[0]), int(freeze[1])
 
 
 def _sensitivity(unit: FilterConv2d) -> Tensor:
