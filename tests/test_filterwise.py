@@ -283,6 +283,19 @@ def test_a_step_reads_no_value_back(own: bool, mode: str, monkeypatch: pytest.Mo
         model(x).sum().backward()
 
 
+@OWN
+@MODES
+def test_autocast(own: bool, mode: str) -> None:
+    model, x = searched(own, mode, dtype=torch.float32).train(), images(dtype=torch.float32)
+    expected = model(x).detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(x)
+    y.float().square().sum().backward()
+    assert y.dtype == torch.bfloat16 and all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    # a rounding to 8 bits may flip a quantized value: correlation, not closeness
+    assert torch.corrcoef(torch.stack([y.detach().float().flatten(), expected.flatten()]))[0, 1] > 0.95
+
+
 def test_the_reference_quantizers() -> None:
     w = torch.tensor([-2.0, -0.9, -0.4, 0.1, 0.6, 3.0], requires_grad=True)
     q = quantized_weight(w, 1.0, 2)
