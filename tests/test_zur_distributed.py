@@ -1,0 +1,54 @@
+"""The filter-level search inside DistributedDataParallel: two processes over gloo, each with its own data."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from unit_models import batches, chain, prepared
+
+import qprune
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def task(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(model(x), y)
+
+
+def work(rank: int, store: str) -> dict[str, object]:
+    """What a rank ended with, and the logits' estimate of its own data."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    inner = prepared(chain(2))
+    search = qprune.Search(nn.parallel.DistributedDataParallel(inner), qprune.Budget(bops="w4a4"), "zur", samples=4)
+    search.fit(batches(3, seed=rank), batches(3, seed=10 + rank), epochs=1)
+    own = search.method.last_estimate.gradients[0].tolist()  # type: ignore[attr-defined]
+    policy = search.policy().to_json()
+    dist.destroy_process_group()
+    return {"own": own, "same": {name: p.tolist() for name, p in inner.named_parameters()}, "policy": policy}
+
+
+def test_ranks_agree(tmp_path: Path) -> None:
+    words = [sys.executable, str(Path(__file__)), str(tmp_path / "store")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
+    ranks = [
+        subprocess.Popen([*words, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) for rank in (0, 1)
+    ]
+    outputs = [rank.communicate(timeout=240) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], outputs
+    first, second = (json.loads(out) for out, _ in outputs)
+    assert (first["same"], first["policy"]) == (second["same"], second["policy"])
+    assert first["own"] != second["own"]
+
+
+if __name__ == "__main__":
+    print(json.dumps(work(int(sys.argv[2]), sys.argv[1])))
