@@ -70,12 +70,13 @@ class Zur(Method):
     staged       `alternate` trains the weights in stages; False: everything quantized from the start
     statistics   normalisation of the configurations of a logit step: by their own "batch", or by "running" statistics
     clip_grad    largest joint norm of all logits' gradients; None: no limit
-    clip_weights  of all weights' gradients
+    clip_weights the same of all weights' gradients
     optimizer    of the logits
     seed         of the draws
 
     sensitivity of a filter: the running mean over weight steps of Σ (∂L/∂W ∘ (W − Q(W)))², Q being quantization to the fewest bits.
-    last_estimate: the estimate of the last logit step, with its variance.
+    last_estimate: the estimate of the last logit step, with its variance. The expected cost takes filters as independent draws: exact for a
+    cost that is bilinear in the bits; not for grouped convolutions, whose filters' places `assignment` fixes, nor for widths of sums.
 
     Between steps the model computes the last configuration that was drawn. Raises InputError for a model without units, for other options
     than these, and for a recorder: what is drawn is decided on the host.
