@@ -208,6 +208,7 @@ def test_preparing_again_keeps_units_and_takes_them_apart() -> None:
     again = prepare(prepared, SPACE, {"conv1": SearchSpace.fixed(8, 8), "layer3.*": SearchSpace((2, 4), (4,))}, IMAGES)
     assert torch.equal(again.layer1[0].conv1.gate.logits, prepared.layer1[0].conv1.gate.logits)
     assert {w for w, _ in again.conv1.candidates} == {8} and again.bn1.gate is again.conv1.gate is again.relu1.gate
+    assert record_of(again).geometry.layers == record_of(prepared).geometry.layers
     last = again.layer3[0]
     assert isinstance(last.conv1, MixedConv2d) and type(last.bn1) is nn.BatchNorm2d and type(last.relu2) is nn.ReLU
     assert isinstance(again.layer2[0].bn2, FilterBatchNorm2d) and isinstance(again.layer2[0].relu2, FilterActivation)
