@@ -1,12 +1,18 @@
 """Units whose filters choose their own candidates: convolution, normalisation, activation (Zur et al., 1904.09872).
 
-A candidate is a pair (weight bits, bits of the activation that the filter produces). As the original computes every filter with its own
-convolution, normalisation and activation, so do these layers, in one dense convolution with one weight row, one normalisation and one
-activation quantizer per channel; the results are the same.
+A candidate is a pair (weight bits, bits of the activation that the filter produces). The original computes every filter with a
+convolution, a normalisation and an activation of its own. These layers are one dense convolution with one weight row, one normalisation and
+one activation quantizer per channel; the results are the same.
 
-What the gate's mode means: "fixed" and "sampled": every filter has one candidate. "relaxed" (a reconstruction of the paper's continuous
-relaxation, per layer): y = Σ_k p_k A_k(relu(BN_k(conv_k(x)) + r)). The K branches come from one convolution with K·F filters and are
-carried as [K, N, F, H, W], to which a residual r [N, F, H, W] can be added, up to the last module of the unit, which sums them.
+From the original: what a unit is, candidates with parameters of their own (shared_weights=False), running statistics that move for the
+chosen candidates only, and shortcuts without an activation, whose candidates differ in their weights only. Ours: one weight and one
+normalisation for all candidates (the default), clips that are learned ("pact"), and other weight quantizers than NICE and UNIQ. A bias,
+which the original's convolutions lack, is one per filter in either case. The input's gradient is taken with the quantized weight.
+
+What the gate's mode means: "fixed" and "sampled": every filter has one candidate. "relaxed": the layer's p weighs branches,
+y = Σ_k p_k A_k(relu(BN_k(conv_k(x)) + r)). Reconstruction: DARTS's sum over operations, as the first version of the authors' program had
+it, over candidates as the last version has them. The K branches come from one convolution with K·F filters and are carried as
+[K, N, F, H, W], to which a residual r [N, F, H, W] can be added, up to the last module of the unit, which sums them.
 """
 
 from __future__ import annotations

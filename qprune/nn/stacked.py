@@ -34,8 +34,8 @@ def stacked_logits(model: nn.Module, choices: Choices, x: Any, statistics: str =
     statistics  "batch": every configuration is normalised by its own batch's statistics; "running": by those the model has
     together    configurations per pass at most; None: 16, or fewer where the batch fills the caches (or the memory of a GPU) by itself
 
-    A network whose own code mixes channels in a way that keeps configurations no longer apart is found by comparing two configurations
-    with one at a time, once per model, in float64; it is evaluated in S passes, after one log line.
+    Before the first evaluation of a model two configurations together are compared with one at a time, in float64 and on a few samples. A
+    network whose own code does not keep channels apart (a softmax over them, say) is evaluated in S passes, after one log line.
     """
     found: Tensor = _evaluate(model, choices, (x,), {}, statistics, together)
     return found
@@ -165,7 +165,7 @@ def _agrees(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], 
     }
     try:
         twin = copy_model(model).double()
-        args, kwargs = tree_map(lambda v: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v, (args, dict(kwargs)))
+        args, kwargs = _few_samples(args, kwargs)
         both = _pass(twin, choices, args, kwargs, statistics)
         each = [_pass(twin, _part(choices, s, s + 1), args, kwargs, statistics) for s in range(2)]
         agree: list[bool] = []
@@ -176,6 +176,21 @@ def _agrees(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], 
     if not all(agree):
         log.info("qprune: this network cannot evaluate several configurations together (%s); it takes one pass for each", reason)
     return all(agree)
+
+
+def _few_samples(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """At most 4 samples of the arguments, in float64."""
+    tensors = [value for value in tree_leaves((args, dict(kwargs))) if isinstance(value, Tensor) and value.dim()]
+    batch = tensors[0].size(0) if tensors else 0
+
+    def few(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        value = value[:4] if value.dim() and value.size(0) == batch else value
+        return value.double() if value.is_floating_point() else value
+
+    few_args, few_kwargs = tree_map(few, (args, dict(kwargs)))
+    return few_args, few_kwargs
 
 
 def _joined(parts: Sequence[Any]) -> Any:
