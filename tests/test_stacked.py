@@ -211,3 +211,9 @@ def test_unknown_statistics() -> None:
     model, chosen = searched(models.resnet8())
     with pytest.raises(InputError, match="statistics: expected one of batch, running, got 'mean'"):
         stacked_logits(model, chosen, images(), "mean")
+
+
+def test_no_configuration_per_pass() -> None:
+    model, chosen = searched(models.resnet8())
+    with pytest.raises(InputError, match="together: expected at least 1 configuration per pass, got 0"):
+        stacked_logits(model, chosen, images(), together=0)

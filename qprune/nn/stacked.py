@@ -106,6 +106,8 @@ def _evaluate(
     inner = unwrap(model)
     size = _check(inner, choices, statistics)
     at_once = _at_once(args, kwargs) if together is None else together
+    if at_once < 1:
+        raise InputError(f"together: expected at least 1 configuration per pass, got {together}")
     if size > 1 and at_once > 1:
         if inner not in _stackable:
             _stackable[inner] = _agrees(inner, args, kwargs, statistics)
