@@ -116,6 +116,8 @@ def study(
     with StudyBar(console) as bar:
         result = run(options.quick() if quick else options, out, storage or None, name or None, workers, bar.watch)
     console.print(result["sentence"])
+    if result["errors"]:
+        console.print(f"{len(result['errors'])} trials failed; the report says why, and the same command tries them again.")
     console.print(f"Report: {out / 'report.html'}")
 
 

@@ -12,7 +12,8 @@ import pytest
 from sqlalchemy.exc import OperationalError
 
 from qprune.errors import StudyError
-from qprune.study.queue import Point, check_sqlite, shown
+from qprune.study.queue import Point
+from qprune.study.storage import check_sqlite, shown
 from tests.study_cases import POINTS, claimed_together, drain, killed_and_taken_up, opened, succeed
 
 
@@ -139,6 +140,22 @@ def test_another_options_are_refused(storage: str) -> None:
     with pytest.raises(StudyError, match=r"was begun with lr=0.1, not 0.2; give the same options"):
         opened(storage, epochs=2, lr=0.2)
     opened(storage, "another name", epochs=2, lr=0.2).close()
+
+
+def test_seeds_may_be_added(storage: str) -> None:
+    queue = opened(storage, points=POINTS, seeds=2)
+    queue.fill()
+    drain(queue)
+    queue.close()
+    points = [(policy, seed) for policy in range(5) for seed in (3, 4, 5)]
+    queue = opened(storage, points=points, seeds=3)
+    assert queue.progress().left == 5
+    queue.fill()
+    drain(queue)
+    assert [trial.point for trial in queue.finished()] == points
+    queue.close()
+    with pytest.raises(StudyError, match=r"was begun with seeds=3, not 2"):
+        opened(storage, seeds=2)
 
 
 def test_a_foreign_study_is_refused(storage: str) -> None:

@@ -113,6 +113,16 @@ def test_other_options_are_refused(finished: Path) -> None:
     assert "was begun with lr=0.03, not 0.5; give the same options" in done.stderr and done.stderr.count("\n") == 1
 
 
+def test_seeds_may_be_added(finished: Path, tmp_path: Path) -> None:
+    for name in ("options.yaml", "study.db"):
+        (tmp_path / name).write_bytes((finished / name).read_bytes())
+    result = run(replace(TINY, seeds=3), tmp_path, name=finished.name, workers=0)
+    assert (result["trials"]["done"], result["trials"]["total"]) == (6, 9)
+    assert yaml.safe_load((tmp_path / "options.yaml").read_text())["seeds"] == 3
+    with pytest.raises(StudyError, match="was begun with seeds=3, not 2"):
+        run(TINY, tmp_path, workers=0)
+
+
 def test_a_damaged_study_is_refused(finished: Path, tmp_path: Path) -> None:
     for name in ("options.yaml", "study.db"):
         (tmp_path / name).write_bytes((finished / name).read_bytes())

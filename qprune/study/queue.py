@@ -3,8 +3,7 @@
 Every (configuration, seed) is a trial of an Optuna study, put there waiting. A worker claims one, sends heartbeats while it runs, and
 writes its result. A trial whose heartbeats stop is given up by the others and put back. No point is finished twice:
 
-- Claiming reads a trial's state and changes it in one transaction. PostgreSQL locks the row; SQLite would let two processes read before
-  either writes, so there every transaction begins by taking the write lock (BEGIN IMMEDIATE).
+- Claiming reads a trial's state and changes it in one transaction that locks what it reads (see qprune.study.storage).
 - Two trials of one point can come to exist, when two processes fill or repair the queue at once. After its claim a worker looks for the
   point's other trials, and steps back if one is complete, or live with a lower number.
 - A worker that was given up (stopped by a debugger, say) and comes back cannot record anything: its trial has ended.
@@ -13,35 +12,21 @@ writes its result. A trial whose heartbeats stop is given up by the others and p
 from __future__ import annotations
 
 import logging
-import sqlite3
-import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qprune.errors import StudyError
+from qprune.study.storage import database_errors, open_database, require_optuna, shown
 
 if TYPE_CHECKING:
     import optuna
 
 HEARTBEAT, GRACE = 5, 30  # seconds
-_WAIT_FOR_LOCK = 60.0  # seconds
-_ATTEMPTS = 3
-_OPTIONS = "qprune options"
+_OPTIONS, _GROWING = "qprune options", "seeds"
 Point = tuple[int, int]
 """(index of the configuration in the grid, seed)"""
-
-
-def require_optuna() -> Any:
-    """The optuna module. Raises StudyError where it is not installed."""
-    try:
-        import optuna
-    except ImportError as error:
-        raise StudyError(f"a study needs optuna ({error}): pip install 'qprune[study]'") from None
-    return optuna
 
 
 @dataclass(frozen=True)
@@ -82,8 +67,8 @@ class Queue:
         self, storage: str, name: str, points: list[Point], options: Mapping[str, Any], heartbeat: int = HEARTBEAT, grace: int = GRACE
     ) -> None:
         self.optuna, self.storage, self.points, self.known = require_optuna(), storage, points, set(points)
-        with _errors(self.optuna, storage):
-            self.database = self._open(storage, heartbeat, grace)
+        with database_errors(self.optuna, storage):
+            self.database = open_database(storage, heartbeat, grace, self._put_back)
             space = {"policy": sorted({p for p, _ in points}), "seed": sorted({s for _, s in points})}
             sampler = self.optuna.samplers.GridSampler(space, seed=0)
             self.study: optuna.Study = self.optuna.create_study(
@@ -93,35 +78,16 @@ class Queue:
             if stored is None:
                 if self.study.get_trials(deepcopy=False):
                     raise StudyError(f"{shown(storage)}: the study {name!r} was not made by qprune; choose another name")
+                stored = {}
+            else:
+                check_options(stored, options, f"the study {name!r} in {shown(storage)}")
+            if stored != dict(options):
                 self.study.set_user_attr(_OPTIONS, dict(options))
-                stored = dict(options)
-        check_options(stored, options, f"the study {name!r} in {shown(storage)}")
-
-    def _open(self, storage: str, heartbeat: int, grace: int) -> Any:
-        _silence(self.optuna)
-        from sqlalchemy.exc import DBAPIError
-
-        local = storage.startswith("sqlite")
-        engine: dict[str, Any] = {"connect_args": {"timeout": _WAIT_FOR_LOCK}} if local else {"pool_pre_ping": True}
-        options = {"heartbeat_interval": heartbeat, "grace_period": grace, "heartbeat_stale_trial_callback": self._put_back}
-        for attempt in range(_ATTEMPTS):
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", self.optuna.exceptions.ExperimentalWarning)
-                    database = self.optuna.storages.RDBStorage(storage, engine_kwargs=engine, **options)
-                break
-            except DBAPIError:  # another process creates the tables at this moment
-                if attempt == _ATTEMPTS - 1:
-                    raise
-                time.sleep(0.5)
-        if local:
-            _serialise(database.engine)
-        return database
 
     def fill(self, retry_failed: bool = False) -> None:
         """Put every point into the queue that is not there, complete or being worked on; those that failed too, if asked."""
         states = self.optuna.trial.TrialState
-        with _errors(self.optuna, self.storage):
+        with database_errors(self.optuna, self.storage):
             trials = self._trials()
             there = {point for point, trial in trials if trial.state in (states.WAITING, states.RUNNING, states.COMPLETE)}
             if not retry_failed:
@@ -133,7 +99,7 @@ class Queue:
     def work(self, run: Callable[[Point], tuple[float, Mapping[str, Any]]]) -> bool:
         """Claim one waiting trial and run it; False if none is waiting. `run` returns (value to record, JSON result). An error that it
         raises is stored with the trial, which then counts as failed; KeyboardInterrupt ends the trial, puts it back and goes on up."""
-        with _errors(self.optuna, self.storage):
+        with database_errors(self.optuna, self.storage):
             if not self.study.get_trials(deepcopy=False, states=(self.optuna.trial.TrialState.WAITING,)):
                 return False
             try:
@@ -149,14 +115,14 @@ class Queue:
 
     def repair(self) -> None:
         """Give up trials without signs of life and put their points back."""
-        with _errors(self.optuna, self.storage), warnings.catch_warnings():
+        with database_errors(self.optuna, self.storage), warnings.catch_warnings():
             warnings.simplefilter("ignore", self.optuna.exceptions.ExperimentalWarning)
             self.optuna.storages.fail_stale_trials(self.study)
             self.fill()
 
     def progress(self) -> Progress:
         states = self.optuna.trial.TrialState
-        with _errors(self.optuna, self.storage):
+        with database_errors(self.optuna, self.storage):
             trials = self._trials()
         by_state = {state: {point for point, trial in trials if trial.state == state} for state in states}
         done = by_state[states.COMPLETE]
@@ -170,7 +136,7 @@ class Queue:
 
     def finished(self, trials: list[tuple[Point, Any]] | None = None) -> list[Finished]:
         """Completed trials, in the order of the grid."""
-        with _errors(self.optuna, self.storage):
+        with database_errors(self.optuna, self.storage):
             trials = self._trials() if trials is None else trials
         complete = [(point, trial) for point, trial in trials if trial.state == self.optuna.trial.TrialState.COMPLETE]
         return [
@@ -179,7 +145,7 @@ class Queue:
 
     def errors(self) -> dict[Point, str]:
         """The points that failed, and why."""
-        with _errors(self.optuna, self.storage):
+        with database_errors(self.optuna, self.storage):
             trials = self._trials()
         done = {point for point, trial in trials if trial.state == self.optuna.trial.TrialState.COMPLETE}
         return {point: trial.user_attrs["error"] for point, trial in trials if "error" in trial.user_attrs and point not in done}
@@ -223,72 +189,17 @@ class Queue:
 
 
 def check_options(stored: Any, options: Mapping[str, Any], where: str) -> None:
-    """Raise StudyError, naming the first difference, unless the stored options are these."""
+    """Raise StudyError, naming the first difference, unless the stored options are these, or these with fewer seeds."""
     if not isinstance(stored, Mapping):
         raise StudyError(f"{where} holds no options; it was not made by qprune, or is damaged")
     for name in {**stored, **options}:
-        if stored.get(name) != options.get(name):
+        old, new = stored.get(name), options.get(name)
+        grown = name == _GROWING and isinstance(old, int) and isinstance(new, int) and new > old
+        if old != new and not grown:
             raise StudyError(
-                f"{where} was begun with {name}={stored.get(name)}, not {options.get(name)}; give the same options to go on, or another "
-                "folder and name for a new study"
+                f"{where} was begun with {name}={old}, not {new}; give the same options to go on (more {_GROWING} are possible), or "
+                "another folder and name for a new study"
             )
-
-
-def shown(storage: str) -> str:
-    """The URL without its password."""
-    scheme, separator, rest = storage.partition("://")
-    login, at, host = rest.rpartition("@")
-    return f"{scheme}{separator}{login.split(':')[0]}{at}{host}"
-
-
-def check_sqlite(path: Path) -> None:
-    """Raise StudyError if the file is there, and is no SQLite database, or one that holds something else."""
-    if not path.exists():
-        return
-    try:
-        with sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True) as database:
-            tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-    except sqlite3.DatabaseError as error:
-        raise StudyError(f"{path} is not the database of a study, or is damaged ({error}); move it away to begin anew") from None
-    if tables and not {"studies", "trials"} <= tables:
-        raise StudyError(f"{path} is the database of something else (it has tables {', '.join(sorted(tables)[:5])}); choose another folder")
-
-
-def _serialise(engine: Any) -> None:
-    """Let every SQLite transaction take the write lock when it begins."""
-    from sqlalchemy import event
-
-    @event.listens_for(engine, "connect")
-    def connected(connection: Any, record: Any) -> None:
-        connection.isolation_level = None  # sqlite3 must not begin transactions by itself
-
-    @event.listens_for(engine, "begin")
-    def begun(connection: Any) -> None:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
-
-    engine.dispose()
-
-
-@contextmanager
-def _errors(optuna: Any, storage: str) -> Iterator[None]:
-    """Turn what the database or its driver raises into StudyError."""
-    from sqlalchemy.exc import SQLAlchemyError
-
-    try:
-        yield
-    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-        cause = str(error.__cause__ or error).splitlines()[0]
-        raise StudyError(f"the study's database {shown(storage)} cannot be used: {cause}") from None
-    except ImportError as error:
-        raise StudyError(f"{shown(storage)} needs a database driver ({error}): pip install 'qprune[postgres]'") from None
-    except RuntimeError as error:
-        if "optuna" not in str(error).lower():
-            raise
-        raise StudyError(f"the study's database {shown(storage)} cannot be used: {' '.join(str(error).split())}") from None
-
-
-def _silence(optuna: Any) -> None:
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 
 def _first(item: tuple[Point, Any]) -> Point:

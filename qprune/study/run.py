@@ -18,7 +18,8 @@ from qprune.study.analysis import METRICS, analyse
 from qprune.study.grid import Point
 from qprune.study.options import StudyOptions
 from qprune.study.page import study_page
-from qprune.study.queue import Finished, Progress, Queue, check_options, check_sqlite, require_optuna
+from qprune.study.queue import Finished, Progress, Queue, check_options
+from qprune.study.storage import check_sqlite, require_optuna
 from qprune.study.trial import Bench
 from qprune.study.worker import Job, run_workers
 
@@ -42,8 +43,9 @@ def run(
     workers  processes on this machine, one thread each; 0 trains nothing and reports on what is done
     watch    is told how far the study is, twice a second
 
-    A trial that was killed is run again; one that failed is tried again by the next call. Raises StudyError for options that differ from
-    those that the study was begun with, for a database that cannot be used, and if all workers end early.
+    A trial that was killed is run again; one that failed is tried again by the next call. A later call may ask for more seeds. Raises
+    StudyError for options that differ from those that the study was begun with, for a database that cannot be used, and if all workers end
+    early.
     """
     require_optuna()
     if workers < 0:
@@ -71,12 +73,18 @@ def open_folder(folder: Path, options: StudyOptions, storage: str | None) -> Non
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise StudyError(f"{path} is damaged ({' '.join(str(error).split())}); restore it, or choose another folder") from None
         check_options(stored, options.as_dict(), str(folder))
+        if stored != options.as_dict():
+            write_atomically(path, _yaml(options))
     elif (folder / "result.json").exists():
         raise StudyError(f"{folder} holds something else than a study; choose another folder")
     else:
-        write_atomically(path, yaml.safe_dump(options.as_dict(), sort_keys=False).encode())
+        write_atomically(path, _yaml(options))
     if storage is None:
         check_sqlite(folder / "study.db")
+
+
+def _yaml(options: StudyOptions) -> bytes:
+    return yaml.safe_dump(options.as_dict(), sort_keys=False).encode()
 
 
 def write_results(options: StudyOptions, folder: Path, bench: Bench, queue: Queue) -> dict[str, Any]:
