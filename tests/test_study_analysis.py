@@ -110,6 +110,18 @@ def test_a_seed_s_common_effect_does_not_hide_differences() -> None:
     assert shifted["variance"]["one_way_cost"]["within"] > 100 * shifted["variance"]["blocked_cost"]["within"]
 
 
+def test_costs_over_a_wide_range_are_taken_by_their_logarithm() -> None:
+    points = [Point(str(i), (i, 1), False, 10.0 * 3**i) for i in range(6)]
+    noise = np.random.default_rng(9).normal(0, 0.001, (6, 4))
+    results = [
+        Finished((i, s), dict.fromkeys(("val_accuracy", "test_accuracy", "test_loss"), 0.5 + 0.05 * i + float(noise[i, s])), 1.0)
+        for i in range(6)
+        for s in range(4)
+    ]
+    variance = analyse(points, results, 1.0, "MACs")["variance"]
+    assert variance["blocked"]["between"] > 0.006 and variance["blocked_cost"]["between"] < 1e-5
+
+
 def test_undecided_says_what_would_decide() -> None:
     rng = np.random.default_rng(5)
     values = [list(rng.normal(0, 0.4) + rng.normal(0, 1, 2)) for _ in range(20)]

@@ -18,6 +18,7 @@ from qprune.study.statistics import Components, blocked, mean_interval, one_way,
 METRICS = ("val_accuracy", "test_accuracy", "test_loss")
 POWER = 0.8
 _MOST_SEEDS = 1000
+_WIDE = 2  # ratio of costs from which accuracy is taken to follow their logarithm
 _PREFERRED = ("blocked_cost", "blocked", "one_way_cost", "one_way")
 
 
@@ -65,12 +66,15 @@ def _row(index: int, point: Point, runs: Mapping[int, Mapping[str, Any]]) -> dic
 def variances(rows: Sequence[Mapping[str, Any]]) -> dict[str, Components | float]:
     """Components of the test accuracy of these configurations, as far as there are enough runs:
 
-    one_way, one_way_cost   configurations against repeated runs; with "_cost", configurations of equal cost (linear in cost)
+    one_way, one_way_cost   configurations against repeated runs; with "_cost", configurations of equal cost: a linear effect of cost is
+                            taken out first, or of its logarithm where costs span more than a factor of 2
     blocked, blocked_cost   the same without what a seed does to all configurations alike; only where every configuration has every seed
     seeds                   variance between seeds that `blocked` takes out
     """
     values = [[float(run["test_accuracy"]) for run in row["runs"]] for row in rows]
     costs = [float(row["cost"]) for row in rows]
+    if costs and max(costs) > _WIDE * min(costs):
+        costs = [math.log(cost) for cost in costs]
     complete = len({tuple(run["seed"] for run in row["runs"]) for row in rows}) == 1
     found: dict[str, Components | float] = {}
     for suffix, covariate in (("", None), ("_cost", costs)):

@@ -101,7 +101,7 @@ def _variance(result: Mapping[str, Any]) -> str:
     seeds = result["variance"].get("seeds")
     caption = (
         "Random effects; σ in points of test accuracy; intervals of the ratio are exact (Wald 1940). “At equal cost”: a linear effect of "
-        "cost is taken out. Bold: the one that the answer rests on."
+        "cost is taken out, or of its logarithm where costs span more than a factor of 2. Bold: the one that the answer rests on."
     )
     caption += "" if seeds is None else f" Common to all configurations of a seed (its float network): σ = {_deviation(seeds)}."
     return f'<section><h2>Variance components</h2>{_table(head, rows)}<p class="caption">{caption}</p></section>'
