@@ -17,7 +17,7 @@ from qprune.study.queue import Finished, Progress
 from qprune.study.statistics import one_way
 
 POINTS = [Point("low", (4, 0), True, 100.0), *(Point(f"mix {i}", (2, 2), False, 100.0 + 10 * i) for i in range(1, 10))]
-POINTS += [Point("high", (0, 4), True, 200.0), Point("beyond", (1, 3), False, 250.0)]
+POINTS += [Point("high", (0, 4), True, 200.0), Point("beyond", (1, 3), False, 210.0)]
 
 
 def trials(accuracy: Callable[[int, int], float], seeds: int = 4, missing: tuple[tuple[int, int], ...] = ()) -> list[Finished]:
