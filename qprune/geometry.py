@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from qprune.errors import InputError
 from qprune.modes import kept_modes
+from qprune.nn.filterwise import FilterConv2d
 from qprune.nn.surgery import copy_model, plain, replace_modules
-from qprune.nn.unit import UnitLayer
 
 ExampleInputs = Tensor | Sequence[Any] | Mapping[str, Any]
 
@@ -182,7 +182,7 @@ def run_observed(model: nn.Module, inputs: Iterable[ExampleInputs], callback: An
 def trace_geometry(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, LayerGeometry]:
     """Run the model once in eval mode, without gradients, and describe its layers in the order of their first use. Layers that were not
     called are left out. Nothing of the model changes."""
-    if any(isinstance(module, UnitLayer) for module in model.modules()):
+    if any(isinstance(module, FilterConv2d) for module in model.modules()):
         model = float_twin(model)  # units carry several branches
     positions: dict[str, int] = {}
     layers = dict(weighted_layers(model))

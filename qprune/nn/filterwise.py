@@ -29,7 +29,6 @@ from qprune.errors import PolicyMismatchError
 from qprune.gates import Constant, FilterGate
 from qprune.nn.mixing import QuantizedLayer, check_input
 from qprune.nn.surgery import take_over
-from qprune.nn.unit import UnitLayer
 from qprune.nn.unitparts import chosen_rows, sum_branches
 from qprune.quantizers import InputQuantizer, make_weight_quantizer
 from qprune.space import FLOAT, SearchSpace
@@ -40,13 +39,14 @@ def unit_candidates(space: SearchSpace, produces: bool) -> tuple[tuple[int, int]
     return space.candidates if produces else tuple(dict.fromkeys((w, FLOAT) for w, _ in space.candidates))
 
 
-class FilterConv2d(UnitLayer, QuantizedLayer, nn.Conv2d):
+class FilterConv2d(QuantizedLayer, nn.Conv2d):
     """The convolution of a unit. Input [N, C, H, W].
 
     Takes nn.Conv2d's arguments, then the SearchSpace, `produces` (the unit has an activation) and `input_bits` (bits at which it quantizes
     its own input, 32 for none). `weight` is nn.Conv2d's with shared weights, else [K·F, C, kh, kw], the weights of the first candidate
     first; a float state_dict loads into either.
 
+    candidates       ordered pairs (weight bits, bits of the activation that a filter produces); 32 in a unit without activation
     gate             FilterGate over `candidates`
     alone            there is neither normalisation nor activation behind it: the relaxation is summed here
     weight_quantizer over the distinct weight bits (shared weights) or one entry per candidate
@@ -54,6 +54,9 @@ class FilterConv2d(UnitLayer, QuantizedLayer, nn.Conv2d):
     """
 
     space: SearchSpace
+    candidates: tuple[tuple[int, int], ...]
+    produces: bool
+    input_bits: int
     gate: FilterGate | Constant
     weight_quantizer: Any
     input_quantizer: InputQuantizer | None  # type: ignore[assignment]

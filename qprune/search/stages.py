@@ -24,8 +24,8 @@ from torch import nn
 from qprune.cost import geometry_of
 from qprune.errors import CheckpointError, InputError
 from qprune.geometry import Geometry
+from qprune.nn.filterwise import FilterConv2d
 from qprune.nn.quantizing import Quantizing
-from qprune.nn.unit import UnitLayer
 from qprune.quantizers import OutputQuantizer
 from qprune.record import unwrap
 
@@ -56,7 +56,7 @@ class Stages:
         inner = unwrap(model)
         geometry = geometry_of(inner)
         modules = dict(inner.named_modules())
-        units = [name for name in geometry.units if isinstance(modules.get(name), UnitLayer | Quantizing) and name in geometry.layers]
+        units = [name for name in geometry.units if isinstance(modules.get(name), FilterConv2d | Quantizing) and name in geometry.layers]
         convolutions = [name for name in units if geometry.layers[name].kind != "Linear"]
         self.layers = network_order(geometry, convolutions)
         if not self.layers:

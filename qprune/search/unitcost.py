@@ -12,8 +12,8 @@ from qprune.conventions import CONVENTIONS, Inputs
 from qprune.cost import Choice, evaluate, geometry_of, model_choices
 from qprune.errors import InputError
 from qprune.geometry import LayerGeometry, Unit
+from qprune.nn.filterwise import FilterConv2d
 from qprune.nn.mixing import Mixing
-from qprune.nn.unit import UnitLayer
 from qprune.record import unwrap
 from qprune.space import FLOAT
 
@@ -46,7 +46,7 @@ class UnitCost:
         inner = unwrap(model)
         self.geometry, self.fields, self.convention = geometry_of(inner), tuple(fields), CONVENTIONS[convention]
         modules = dict(inner.named_modules())
-        self.units = {name: m for name in self.geometry.layers if isinstance(m := modules.get(name), UnitLayer)}
+        self.units = {name: m for name in self.geometry.layers if isinstance(m := modules.get(name), FilterConv2d)}
         if not self.units:
             raise InputError(
                 "the model has no layer whose activation is quantized where it is produced; "
@@ -76,7 +76,7 @@ class UnitCost:
         constant = [sum(float(getattr(row, field)) for row in rest) for field in self.fields]
         self.rest = torch.tensor(constant, dtype=torch.float64, device=self.device)
 
-    def _candidate_bits(self, unit: UnitLayer) -> _Bits:
+    def _candidate_bits(self, unit: FilterConv2d) -> _Bits:
         weight, out = torch.tensor(unit.candidates, dtype=torch.float64, device=self.device).unbind(1)
         return _Bits(weight.contiguous(), out.contiguous())
 
