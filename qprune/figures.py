@@ -6,88 +6,28 @@ neither used nor changed. What the result does not hold is not drawn.
 
 from __future__ import annotations
 
-import functools
-import io
 import math
-import re
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.collections import LineCollection
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, MultipleLocator, NullLocator
 
+from qprune.drawing import SERIES, THEME, WIDTH, nothing, styled
 from qprune.result import FLOAT, NETWORKS, PRUNED, Result, budget_label, get, layers_of, number, runs_of, si, summary
 
-# The page's style sheet gives each of these colours a light and a dark value: svg() writes them as CSS variables.
-THEME = {"ink": "#1f2a37", "muted": "#66717f", "grid": "#dde3ea", "card": "#fffffe", "empty": "#f0f2f5"}
-SERIES = {"float": "#7a8594", "searched": "#d55e00", "uniform": "#0072b2"}
 _MARKERS = {"float": "s", "searched": "o", "uniform": "D"}
 _BITS = LinearSegmentedColormap.from_list("bits", ["#f6f3c2", "#a6dab5", "#4fb3bf", "#2f7fb8", "#3c4fa3", "#43307f"])
 _TOP_BITS = 8
 _FLOAT_FILL = "#b4bcc6"
-_WIDTH = 8.4
-
-_STYLE: dict[str, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "qprune",
-    "text.parse_math": False,
-    "font.size": 8,
-    "axes.titlesize": 8,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.formatter.useoffset": False,
-    "xtick.major.size": 2.5,
-    "ytick.major.size": 2.5,
-    "hatch.linewidth": 0.6,
-    "legend.frameon": False,
-    "image.interpolation": "none",
-    "figure.facecolor": THEME["card"],
-    "axes.facecolor": THEME["card"],
-    "grid.color": THEME["grid"],
-    "axes.edgecolor": THEME["muted"],
-    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.labelcolor", "ytick.labelcolor"), THEME["ink"]),
-    **dict.fromkeys(("xtick.color", "ytick.color"), THEME["muted"]),
-}
-
-
-class _style:
-    """matplotlib's own defaults plus ours, for the length of a `with`: a user's matplotlibrc must not change a report."""
-
-    def __enter__(self) -> None:
-        self._context = matplotlib.rc_context()
-        self._context.__enter__()
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_STYLE)
-
-    def __exit__(self, *exception: object) -> None:
-        self._context.__exit__(None, None, None)
-
-
-def _styled(draw: Callable[[Result], Figure]) -> Callable[[Result], Figure]:
-    @functools.wraps(draw)
-    def styled(result: Result) -> Figure:
-        with _style():
-            return draw(result)
-
-    return styled
 
 
 def bits_color(bits: float) -> Any:
     return _FLOAT_FILL if bits >= FLOAT else _BITS(min(bits, _TOP_BITS) / _TOP_BITS)
-
-
-def _nothing(text: str) -> Figure:
-    figure = Figure(figsize=(_WIDTH, 1.0))
-    figure.text(0.5, 0.5, text, ha="center", va="center", color=THEME["muted"])
-    return figure
 
 
 def _short(name: str, limit: int = 24) -> str:
@@ -130,14 +70,14 @@ def _scatter(axis: Any, result: Result, networks: Sequence[str]) -> list[float]:
     return costs
 
 
-@_styled
+@styled
 def accuracy_cost(result: Result) -> Figure:
     """Test accuracy against bit operations: every seed faint, the mean with its 95 % interval, the budget; with a close-up."""
-    figure = Figure(figsize=(_WIDTH, 3.3), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.3), layout="constrained")
     wide, close = figure.subplots(1, 2, width_ratios=(3, 2))
     costs, near = _scatter(wide, result, NETWORKS), _scatter(close, result, NETWORKS[1:])
     if not costs:
-        return _nothing("no accuracy was recorded")
+        return nothing("no accuracy was recorded")
     limit = number(result, "budget", "limits", "bops")
     if limit and limit > 0:
         costs, near = [*costs, limit], [*near, limit]
@@ -166,15 +106,15 @@ def accuracy_cost(result: Result) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def bits_by_layer(result: Result) -> Figure:
     """Weight bits (mean over filters), activation bits and share of the multiplications of every layer, in network order (first run)."""
     layers = layers_of(result)
     if not layers or all(layer["w"] is None and layer["a"] is None for layer in layers):
-        return _nothing("no policy was recorded")
+        return nothing("no policy was recorded")
     macs = [number(layer["info"], "macs") for layer in layers]
     total = sum(value for value in macs if value is not None)
-    figure = Figure(figsize=(_WIDTH, 4.1), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 4.1), layout="constrained")
     axes = figure.subplots(3, 1, sharex=True, height_ratios=(4, 4, 1.6))
     size = 7 if len(layers) <= 24 else max(3.6, 260 / len(layers))
     means = [None if layer["w"] is None else sum(layer["w"]) / len(layer["w"]) for layer in layers]
@@ -202,14 +142,14 @@ def bits_by_layer(result: Result) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def bits_by_filter(result: Result) -> Figure:
     """One column per layer, one cell per filter coloured by its bits and sorted by them; pruned filters are hatched (first run)."""
     layers = layers_of(result)
     if not layers or all(layer["w"] is None for layer in layers):
-        return _nothing("no policy was recorded")
+        return nothing("no policy was recorded")
     count = len(layers)
-    figure = Figure(figsize=(_WIDTH, 3.7), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.7), layout="constrained")
     axis = figure.subplots()
     base = np.zeros(count)
     choices = sorted({bits for layer in layers for bits in layer["w"] or []}, key=lambda bits: (bits == PRUNED, -bits))
@@ -254,19 +194,19 @@ def _curve(run: Any, key: str) -> tuple[list[Any], list[Any]]:
     return [number(row, "epoch") for row in known], [number(row, key) for row in known]
 
 
-@_styled
+@styled
 def evolution(result: Result) -> Figure:
     """How the search went: expected cost over budget and gate entropy (every run), expected bits of every layer (first run)."""
     runs = runs_of(result)
     rows = _history(runs[0]) if runs else []
     if not rows:
-        return _nothing("no search was recorded")
+        return nothing("no search was recorded")
     expected = [get(row, "expected") for row in rows]
     known = {name: None for layers in expected if isinstance(layers, Mapping) for name in layers}
     listed = [layer["name"] for layer in layers_of(result) if layer["name"] in known]
     names = [*listed, *(name for name in known if name not in listed)]
     tall = max(1.3, min(7.0, 0.12 * len(names)))
-    figure = Figure(figsize=(_WIDTH, 2.0 + (tall + 0.5 if names else 0)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 2.0 + (tall + 0.5 if names else 0)), layout="constrained")
     grid = figure.add_gridspec(2 if names else 1, 2, height_ratios=(1.6, tall) if names else None)
     for column, (key, title) in enumerate((("cost_ratio", "expected cost / budget"), ("entropy", "gate entropy (0 = decided)"))):
         axis = figure.add_subplot(grid[0, column])
@@ -308,14 +248,14 @@ def evolution(result: Result) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def progress(result: Result) -> Figure:
     """Accuracy and loss of every phase so far; result["metrics"] holds the rows of metrics.jsonl."""
     metrics = [row for row in get(result, "metrics") or [] if number(row, "epoch") is not None]
     phases = list(dict.fromkeys(str(get(row, "phase")) for row in metrics))
     if not phases:
-        return _nothing("no epoch has ended yet")
-    figure = Figure(figsize=(_WIDTH, 3.6), layout="constrained")
+        return nothing("no epoch has ended yet")
+    figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
     axes = figure.subplots(2, len(phases), squeeze=False, sharey="row")
     for column, phase in enumerate(phases):
         rows = [row for row in metrics if get(row, "phase") == phase]
@@ -335,19 +275,3 @@ def progress(result: Result) -> Figure:
 def plot(result: Result) -> dict[str, Figure]:
     """The four figures of a finished run by name: accuracy_cost, bits_by_layer, bits_by_filter, evolution."""
     return {draw.__name__: draw(result) for draw in (accuracy_cost, bits_by_layer, bits_by_filter, evolution)}
-
-
-def svg(figure: Figure, prefix: str) -> str:
-    """The figure as an <svg> element to put inside a page: ids begin with prefix, theme colours are CSS variables, the same every time."""
-    buffer = io.StringIO()
-    with _style(), warnings.catch_warnings():
-        # The browser has fonts for what DejaVu Sans lacks.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        FigureCanvasSVG(figure).print_svg(buffer, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    text = buffer.getvalue()
-    text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text[text.index("<svg") :]).replace("xlink:href=", "href=")
-    text = re.sub(r'\sid="(?=[^"])', f' id="{prefix}-', text).replace('href="#', f'href="#{prefix}-').replace("url(#", f"url(#{prefix}-")
-    for name, color in (THEME | SERIES).items():
-        text = text.replace(color, f"var(--{name})")
-    head, _, body = text.partition(">")
-    return re.sub(r'\s(width|height)="[^"]*"', "", head) + ">" + body

@@ -1,4 +1,10 @@
-"""The frame of report.html: its style sheet and its outermost markup."""
+"""What pages of results are made of: style sheet, outermost markup, tables, tiles, figures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
+from typing import Any
 
 CSS = """
 :root { color-scheme: light dark; --page: #f4f6f8; --card: #fff; --ink: #1f2a37; --muted: #5d6875; --grid: #dde3ea; --empty: #f0f2f5;
@@ -63,3 +69,38 @@ PAGE = """<!DOCTYPE html>
 </body>
 </html>
 """
+
+
+def percent(value: float | None, half: float | None = None, digits: int = 2) -> str:
+    if value is None:
+        return "–"
+    return f"{100 * value:.{digits}f} %" if half is None else f"{100 * value:.{digits}f} ± {100 * half:.{digits}f} %"
+
+
+def html_table(head: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]], numeric: bool = True) -> str:
+    """Rows are (class, cells); cells are HTML already. The first column names the row."""
+    kind = ' class="n"' if numeric else ' class="text"'
+    top = "".join(f'<th scope="col"{kind if i and numeric else ""}>{escape(name)}</th>' for i, name in enumerate(head))
+    body = "".join(
+        f'<tr class="{name}"><th scope="row">{cells[0]}</th>' + "".join(f"<td{kind}>{cell}</td>" for cell in cells[1:]) + "</tr>\n"
+        for name, cells in rows
+    )
+    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead>\n<tbody>{body}</tbody></table></div>'
+
+
+def html_tile(name: str, value: str, small: str, sub: str) -> str:
+    value = f'<div class="value">{value} <small>{small}</small></div>'
+    return f'<div class="tile"><div class="name">{name}</div>{value}<div class="sub">{sub}</div></div>'
+
+
+def duration(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2g} s" if value < 10 else f"{value:.0f} s" if value < 300 else f"{value / 60:.0f} min"
+
+
+def figure_section(title: str, drawing: Any, prefix: str, caption: str, after: str = "") -> str:
+    from qprune.drawing import svg
+
+    picture = svg(drawing, prefix).replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1)
+    return (
+        f'<section><h2>{title}</h2><figure><div class="scroll">{picture}</div><figcaption>{caption}</figcaption></figure>{after}</section>'
+    )

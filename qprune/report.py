@@ -7,20 +7,14 @@ only when a figure is drawn: `import qprune` must not pay for it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from qprune.files import write_atomically
-from qprune.page import CSS, PAGE
+from qprune.page import CSS, PAGE, duration, figure_section, html_table, html_tile, percent
 from qprune.result import FLOAT, NETWORKS, PRUNED, Result, average, budget_label, get, layers_of, number, read_result, runs_of, si, summary
-
-
-def _percent(value: float | None, half: float | None = None, digits: int = 2) -> str:
-    if value is None:
-        return "–"
-    return f"{100 * value:.{digits}f} %" if half is None else f"{100 * value:.{digits}f} ± {100 * half:.{digits}f} %"
 
 
 def _share(value: float | None, whole: float | None) -> str:
@@ -35,17 +29,6 @@ def _plain(value: float | None, digits: int = 1) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def _table(head: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]], numeric: bool = True) -> str:
-    """Rows are (class, cells); cells are HTML already. The first column names the row."""
-    kind = ' class="n"' if numeric else ' class="text"'
-    top = "".join(f'<th scope="col"{kind if i and numeric else ""}>{escape(name)}</th>' for i, name in enumerate(head))
-    body = "".join(
-        f'<tr class="{name}"><th scope="row">{cells[0]}</th>' + "".join(f"<td{kind}>{cell}</td>" for cell in cells[1:]) + "</tr>\n"
-        for name, cells in rows
-    )
-    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead>\n<tbody>{body}</tbody></table></div>'
-
-
 def _label(result: Result, network: str) -> str:
     label = get(runs_of(result)[0], "networks", network, "label")
     return f'<span class="dot" style="background:var(--{network})"></span>{escape(label if isinstance(label, str) else network)}'
@@ -58,7 +41,7 @@ def _results(result: Result) -> str:
         accuracy, half, bops, size, w, a = (
             summary(result, network, key) for key in ("accuracy_mean", "accuracy_ci95", "bops", "size_bits", "w_bits", "a_bits")
         )
-        cells = [_percent(accuracy, half), si(bops), _share(bops, whole), _bytes(size), _share(size, full), _plain(w), _plain(a)]
+        cells = [percent(accuracy, half), si(bops), _share(bops, whole), _bytes(size), _share(size, full), _plain(w), _plain(a)]
         rows.append(("main" if network == "searched" else "", [_label(result, network), *cells]))
     head = ("Network", "Test accuracy", "BOPs", "of float", "Size", "of float", "Weight bits", "Activation bits")
     count = len(runs_of(result))
@@ -70,50 +53,32 @@ def _results(result: Result) -> str:
     several = f"Mean over {count} seeds, ± 95 % interval. " if count > 1 else "One seed: no interval can be given. "
     caption = f"{several}BOPs are bit operations per sample; bits are means over weights and over activations."
     caption += f" Budget {escape(str(get(result, 'budget', 'text') or ''))}: {budget}." if budget else ""
-    return f'<section><h2>Results</h2>{_table(head, rows)}<p class="caption">{caption}</p>{_seeds(result)}</section>'
+    return f'<section><h2>Results</h2>{html_table(head, rows)}<p class="caption">{caption}</p>{_seeds(result)}</section>'
 
 
 def _seeds(result: Result) -> str:
     if len(runs_of(result)) < 2:
         return ""
     rows = [
-        ("", [escape(f"seed {get(run, 'seed')}")] + [_percent(number(run, "networks", network, "accuracy")) for network in NETWORKS])
+        ("", [escape(f"seed {get(run, 'seed')}")] + [percent(number(run, "networks", network, "accuracy")) for network in NETWORKS])
         for run in runs_of(result)
     ]
-    return f"<details><summary>Test accuracy of every seed</summary>{_table(('Seed', *NETWORKS), rows)}</details>"
+    return f"<details><summary>Test accuracy of every seed</summary>{html_table(('Seed', *NETWORKS), rows)}</details>"
 
 
 def _tiles(result: Result) -> str:
     accuracy, half, bops, size = (summary(result, "searched", key) for key in ("accuracy_mean", "accuracy_ci95", "bops", "size_bits"))
-    reference = " · ".join(f"{name} {_percent(summary(result, name, 'accuracy_mean'))}" for name in ("float", "uniform"))
+    reference = " · ".join(f"{name} {percent(summary(result, name, 'accuracy_mean'))}" for name in ("float", "uniform"))
     limit, times = number(result, "budget", "limits", "bops"), number(result, "summary", "search_in_float_epochs")
     epoch = average([number(run, "seconds", "float_epoch") for run in runs_of(result)])
     within = f" · {_share(bops, limit)} of budget" if bops is not None and limit else ""
     tiles = [
-        ("Searched accuracy", _percent(accuracy), "" if half is None else f"± {100 * half:.2f}", reference),
+        ("Searched accuracy", percent(accuracy), "" if half is None else f"± {100 * half:.2f}", reference),
         ("Bit operations", si(bops), "BOPs", f"{_share(bops, summary(result, 'float', 'bops'))} of float{within}"),
         ("Size", _bytes(size), "", f"{_share(size, summary(result, 'float', 'size_bits'))} of float"),
-        ("Time of the search", "–" if times is None else f"{times:.1f} ×", "one float epoch", f"a float epoch takes {_seconds(epoch)}"),
+        ("Time of the search", "–" if times is None else f"{times:.1f} ×", "one float epoch", f"a float epoch takes {duration(epoch)}"),
     ]
-    return '<div class="tiles">' + "".join(_tile(*tile) for tile in tiles) + "</div>"
-
-
-def _tile(name: str, value: str, small: str, sub: str) -> str:
-    value = f'<div class="value">{value} <small>{small}</small></div>'
-    return f'<div class="tile"><div class="name">{name}</div>{value}<div class="sub">{sub}</div></div>'
-
-
-def _seconds(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2g} s" if value < 10 else f"{value:.0f} s" if value < 300 else f"{value / 60:.0f} min"
-
-
-def _figure(title: str, drawing: Any, prefix: str, caption: str, after: str = "") -> str:
-    from qprune.figures import svg
-
-    picture = svg(drawing, prefix).replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1)
-    return (
-        f'<section><h2>{title}</h2><figure><div class="scroll">{picture}</div><figcaption>{caption}</figcaption></figure>{after}</section>'
-    )
+    return '<div class="tiles">' + "".join(html_tile(*tile) for tile in tiles) + "</div>"
 
 
 def _layers(result: Result) -> str:
@@ -126,7 +91,7 @@ def _layers(result: Result) -> str:
         kind = escape(str(get(info, "kind") or "–"))
         rows.append(("", [escape(layer["name"]), kind, si(number(info, "macs")), si(number(info, "weights")), kept, used, activation]))
     head = ("Layer", "Kind", "MACs", "Weights", "Filters kept", "Weight bits × filters", "Activation bits")
-    return f"<details><summary>The numbers behind these pictures</summary>{_table(head, rows)}</details>" if rows else ""
+    return f"<details><summary>The numbers behind these pictures</summary>{html_table(head, rows)}</details>" if rows else ""
 
 
 def _figures(result: Result) -> str:
@@ -144,7 +109,7 @@ def _figures(result: Result) -> str:
     faint = "Faint: one point per seed; solid: the mean with its 95 % interval. " if len(runs) > 1 else ""
     others = "Bold line: the first seed; faint lines: the others. " if len(runs) > 1 else ""
     widths = {b for layer in layers_of(result) for b in layer["w"] or []} == {PRUNED, FLOAT}
-    bits = _figure(
+    bits = figure_section(
         "Bits per layer",
         figures.bits_by_layer(result),
         "f2",
@@ -152,17 +117,17 @@ def _figures(result: Result) -> str:
     )
     return "\n".join(
         (
-            _figure(
+            figure_section(
                 "Accuracy against cost",
                 figures.accuracy_cost(result),
                 "f1",
                 f"{faint}Dashed line: the budget. Up and to the left is better.",
             ),
             "" if widths else bits,
-            _figure(
+            figure_section(
                 "Filters kept" if widths else "Bits per filter", figures.bits_by_filter(result), "f3", f"{first}{cells}", _layers(result)
             ),
-            _figure(
+            figure_section(
                 "How the choice evolved",
                 figures.evolution(result),
                 "f4",
@@ -174,7 +139,7 @@ def _figures(result: Result) -> str:
 
 def _settings(result: Result) -> str:
     seconds = {
-        phase: _seconds(average([number(run, "seconds", phase) for run in runs_of(result)]))
+        phase: duration(average([number(run, "seconds", phase) for run in runs_of(result)]))
         for phase in ("float", "search", "finetune", "uniform")
     }
     parts = []
@@ -185,7 +150,7 @@ def _settings(result: Result) -> str:
             else []
         )
         head = ("Phase", "Mean over seeds") if table is seconds else ("Name", "Value")
-        parts.append(f"<section><h2>{title}</h2>{_table(head, rows, numeric=False) if rows else '–'}</section>")
+        parts.append(f"<section><h2>{title}</h2>{html_table(head, rows, numeric=False) if rows else '–'}</section>")
     return f'<div class="pair">{parts[0]}<div>{parts[1]}{parts[2]}</div></div>'
 
 
@@ -197,15 +162,17 @@ def _unfinished(result: Result) -> str:
     for seed, phase in dict.fromkeys((str(get(row, "seed")), str(get(row, "phase"))) for row in metrics):
         last = [row for row in metrics if (str(get(row, "seed")), str(get(row, "phase"))) == (seed, phase)][-1]
         epoch = number(last, "epoch")
-        cells = ["–" if epoch is None else f"{epoch:.0f}", _plain(number(last, "loss"), 4), _percent(number(last, "accuracy"))]
+        cells = ["–" if epoch is None else f"{epoch:.0f}", _plain(number(last, "loss"), 4), percent(number(last, "accuracy"))]
         rows.append(("", [escape(phase), escape(seed), *cells]))
     note = '<p class="note">This run is unfinished: there is no result yet. The page shows what was recorded so far.</p>'
-    table = _table(("Phase", "Seed", "Last epoch", "Loss", "Accuracy"), rows) if rows else "–"
+    table = html_table(("Phase", "Seed", "Last epoch", "Loss", "Accuracy"), rows) if rows else "–"
     parts = [note, f"<section><h2>Progress</h2>{table}</section>"]
-    parts.append(_figure("Training so far", figures.progress(result), "f1", "Accuracy and loss after every epoch; one line per seed."))
+    parts.append(
+        figure_section("Training so far", figures.progress(result), "f1", "Accuracy and loss after every epoch; one line per seed.")
+    )
     if runs_of(result):
         parts.append(
-            _figure(
+            figure_section(
                 "How the choice evolves", figures.evolution(result), "f4", "Expected values under the gates' probabilities; first seed."
             )
         )

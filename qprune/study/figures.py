@@ -8,20 +8,20 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from qprune.figures import _WIDTH, SERIES, THEME, _nothing, _styled
+from qprune.drawing import SERIES, THEME, WIDTH, nothing, styled
 from qprune.result import si
 
 Row = Mapping[str, Any]
 _HETEROGENEOUS, _HOMOGENEOUS = SERIES["searched"], SERIES["uniform"]
 
 
-@_styled
+@styled
 def accuracy_cost(result: Mapping[str, Any]) -> Figure:
     """Mean test accuracy against cost with 68.27 % Student-t intervals; the homogeneous networks as a dashed line with a band."""
     rows = [row for row in result["points"] if row["runs"]]
     if not rows:
-        return _nothing("no trial is finished yet")
-    figure = Figure(figsize=(_WIDTH, 4.2), layout="constrained")
+        return nothing("no trial is finished yet")
+    figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
     axis = figure.subplots()
     mixed = [row for row in rows if not row["homogeneous"]]
     line = sorted((row for row in rows if row["homogeneous"]), key=lambda row: float(row["cost"]))
@@ -44,13 +44,13 @@ def accuracy_cost(result: Mapping[str, Any]) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def differences(result: Mapping[str, Any]) -> Figure:
     """Every heterogeneous network's test accuracy minus the homogeneous line at its cost, sorted, with 95 % intervals."""
     rows = sorted((row for row in result["points"] if row.get("matched")), key=lambda row: float(row["matched"]["difference"]))
     if not rows:
-        return _nothing("no heterogeneous network lies between homogeneous ones yet")
-    figure = Figure(figsize=(_WIDTH, 3.2), layout="constrained")
+        return nothing("no heterogeneous network lies between homogeneous ones yet")
+    figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
     axis = figure.subplots()
     means = [100 * row["matched"]["difference"] for row in rows]
     halves = [100 * (row["matched"]["half_95"] or 0.0) for row in rows]

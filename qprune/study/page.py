@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from qprune.page import CSS, PAGE
-from qprune.report import _figure, _percent, _seconds, _table, _tile
+from qprune.page import CSS, PAGE, duration, figure_section, html_table, html_tile, percent
 from qprune.result import si
 
 _ANALYSES = {
@@ -33,8 +32,8 @@ def study_page(result: Mapping[str, Any]) -> str:
         f'<p class="verdict">{escape(result["sentence"])}</p>',
         note if missing else "",
         _tiles(result),
-        _figure("Accuracy against cost", figures.accuracy_cost(result), "f1", _COST_CAPTION),
-        _figure("At matched cost", figures.differences(result), "f2", _MATCHED_CAPTION),
+        figure_section("Accuracy against cost", figures.accuracy_cost(result), "f1", _COST_CAPTION),
+        figure_section("At matched cost", figures.differences(result), "f2", _MATCHED_CAPTION),
         _variance(result),
         _homogeneous(result),
         _heterogeneous(result),
@@ -66,7 +65,7 @@ def _tiles(result: Mapping[str, Any]) -> str:
     if matched["compared"]:
         counts = f"{matched['better']} significantly higher, {matched['worse']} lower"
         tiles.append(("Above the homogeneous line", f"{matched['above']}", f"of {matched['compared']}", counts))
-    return '<div class="tiles">' + "".join(_tile(*tile) for tile in tiles) + "</div>" if tiles else ""
+    return '<div class="tiles">' + "".join(html_tile(*tile) for tile in tiles) + "</div>" if tiles else ""
 
 
 def _root(value: float | None) -> str:
@@ -104,13 +103,13 @@ def _variance(result: Mapping[str, Any]) -> str:
         "cost is taken out, or of its logarithm where costs span more than a factor of 2. Bold: the one that the answer rests on."
     )
     caption += "" if seeds is None else f" Common to all configurations of a seed (its float network): σ = {_deviation(seeds)}."
-    return f'<section><h2>Variance components</h2>{_table(head, rows)}<p class="caption">{caption}</p></section>'
+    return f'<section><h2>Variance components</h2>{html_table(head, rows)}<p class="caption">{caption}</p></section>'
 
 
 def _homogeneous(result: Mapping[str, Any]) -> str:
     rows = [row for row in result["points"] if row["homogeneous"]]
     rows.sort(key=lambda row: float(row["cost"]))
-    table = _table(("Homogeneous", result["measure"], "Test accuracy", "Validation", "Runs"), [("", _cells(row)) for row in rows])
+    table = html_table(("Homogeneous", result["measure"], "Test accuracy", "Validation", "Runs"), [("", _cells(row)) for row in rows])
     caption = "± 95 % Student-t interval of the mean over seeds."
     return f'<section><h2>Homogeneous networks</h2>{table}<p class="caption">{caption}</p></section>'
 
@@ -120,12 +119,14 @@ def _heterogeneous(result: Mapping[str, Any]) -> str:
     rows.sort(key=lambda row: -row["test_accuracy"]["mean"] if row["test_accuracy"] else math.inf)
     cells = [("", [*_cells(row), *_matched_cells(row["matched"])]) for row in rows]
     head = ("Configuration", result["measure"], "Test accuracy", "Validation", "Runs", "Against the line", "p", "p (Holm)")
-    return f"<section><h2>Heterogeneous networks</h2><details><summary>All {len(rows)}</summary>{_table(head, cells)}</details></section>"
+    return (
+        f"<section><h2>Heterogeneous networks</h2><details><summary>All {len(rows)}</summary>{html_table(head, cells)}</details></section>"
+    )
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
     test, val = row["test_accuracy"], row["val_accuracy"]
-    shown = [_percent(m["mean"], m["half_95"]) if m else "–" for m in (test, val)]
+    shown = [percent(m["mean"], m["half_95"]) if m else "–" for m in (test, val)]
     return [escape(row["label"]), si(row["cost"], digits=4), *shown, str(len(row["runs"]))]
 
 
@@ -140,13 +141,13 @@ def _failures(result: Mapping[str, Any]) -> str:
     if not result["errors"]:
         return ""
     rows = [("", [escape(error["label"]), str(error["seed"]), escape(error["error"])]) for error in result["errors"]]
-    return f"<section><h2>Failed trials</h2>{_table(('Configuration', 'Seed', 'Error'), rows, numeric=False)}</section>"
+    return f"<section><h2>Failed trials</h2>{html_table(('Configuration', 'Seed', 'Error'), rows, numeric=False)}</section>"
 
 
 def _settings(result: Mapping[str, Any]) -> str:
-    seconds = {"one trial (mean)": _seconds(result["trials"]["seconds_mean"]), "all trials": _seconds(result["trials"]["seconds_total"])}
+    seconds = {"one trial (mean)": duration(result["trials"]["seconds_mean"]), "all trials": duration(result["trials"]["seconds_total"])}
     parts = []
     for title, table in (("Options", result["options"]), ("Time", seconds), ("Environment", result["environment"])):
         rows: Sequence[tuple[str, list[str]]] = [("", [escape(str(key)), escape(str(value))]) for key, value in table.items()]
-        parts.append(f"<section><h2>{title}</h2>{_table(('Name', 'Value'), rows, numeric=False)}</section>")
+        parts.append(f"<section><h2>{title}</h2>{html_table(('Name', 'Value'), rows, numeric=False)}</section>")
     return f'<div class="pair">{parts[0]}<div>{parts[1]}{parts[2]}</div></div>'
