@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from qprune.convert import convert
-from qprune.errors import CheckpointError, PolicyMismatchError
+from qprune.errors import CheckpointError, PolicyMismatchError, SpaceError
 from qprune.files import write_atomically
 from qprune.geometry import Unit, weighted_layers
 from qprune.nn.activation import QuantActivation
+from qprune.nn.codebook import blank_codebook, codebook_layers
 from qprune.nn.mixing import Mixing
 from qprune.nn.quantizing import Quantizing
+from qprune.nn.surgery import replace_modules
 from qprune.policy import LayerBits, Policy
 from qprune.record import record_of, unwrap
 from qprune.space import SearchSpace
@@ -47,6 +50,9 @@ def save(model: nn.Module, path: str | Path) -> None:
         raise CheckpointError(f"save: layer {mixed!r} still has candidates; convert(model, policy) first, or save model.state_dict()")
     quantizers = {name: layer.space.quantizers for name, layer in weighted_layers(inner) if isinstance(layer, Quantizing)}
     header = {"format": "qprune", "version": str(FORMAT), "policy": policy_of(model).to_json(), "quantizers": json.dumps(quantizers)}
+    codebooks = {name: layer.settings for name, layer in codebook_layers(inner)}
+    if codebooks:
+        header["codebooks"] = json.dumps(codebooks)
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in inner.state_dict().items()}
     write_atomically(Path(path), to_bytes(tensors, header))
 
@@ -76,11 +82,26 @@ def load(path: str | Path, build: Callable[[], nn.Module]) -> nn.Module:
     try:
         policy = Policy.from_json(header["policy"])
         spaces = {name: SearchSpace(**names) for name, names in json.loads(header["quantizers"]).items()}
+        codebooks = {name: dict(settings) for name, settings in json.loads(header.get("codebooks", "{}")).items()}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"cannot read {path}: its header is damaged ({type(error).__name__}: {error})") from None
     try:
-        model = convert(build(), policy, spaces)
+        model = _with_codebooks(convert(build(), policy, spaces), codebooks)
         model.load_state_dict(tensors, strict=True)
-    except (PolicyMismatchError, RuntimeError) as error:
+    except (PolicyMismatchError, SpaceError, RuntimeError, TypeError) as error:
         raise CheckpointError(f"{path} does not fit this network: {' '.join(str(error).split())}") from None
     return model
+
+
+def _with_codebooks(model: nn.Module, codebooks: Mapping[str, Mapping[str, Any]]) -> nn.Module:
+    """The model with layers that the file's codebooks, masks and latent weights fit in."""
+    layers = dict(weighted_layers(model))
+    swaps: dict[nn.Module, nn.Module] = {}
+    for name, settings in codebooks.items():
+        layer = layers.get(name)
+        if type(layer) not in (nn.Conv2d, nn.Linear):
+            raise PolicyMismatchError(f"it has a codebook for layer {name!r}, which is no convolution or linear layer here")
+        assert isinstance(layer, nn.Conv2d | nn.Linear)
+        swaps[layer] = made = blank_codebook(layer, **settings)
+        made.layer_name = name
+    return replace_modules(model, swaps)

@@ -176,6 +176,7 @@ class Search:
         if result is None:
             raise InputError("the loader gave no batch")
         self.method.settle()
+        self.method.end_epoch()
         return {
             "epoch": len(self.history),
             "loss": float(total) / seen,

@@ -108,6 +108,9 @@ class Method:
         """Meanwhile the model computes what the method would choose now, where that is not what it always computes."""
         yield
 
+    def end_epoch(self) -> None:
+        """What is due after every pass of `Search.fit` over the data: nothing, for most."""
+
     def step(
         self, closure: Closure, arch_closure: Closure | None = None, batch: Sequence[Tensor] = (), arch_batch: Sequence[Tensor] = ()
     ) -> StepResult:
