@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 Array = np.ndarray
-_GROUPS = 1024
-_STRIDE = 32
+GROUPS = 1024
+_STRIDE = 16
 _RANGES = (1.0, 0.8, 0.6, 0.45, 0.3, 0.2)
 
 
@@ -55,11 +55,11 @@ class Values:
         return max(0.0, self.square - 2 * float(c @ sums) + float(c * c @ counts))
 
 
-def kmeans(values: Values, sizes: Sequence[int], iterations: int = 100, tolerance: float = 1e-4) -> dict[int, Array]:
+def kmeans(values: Values, sizes: Sequence[int], groups: int = GROUPS, iterations: int = 100, tolerance: float = 1e-4) -> dict[int, Array]:
     """Centers of k-means for every number of clusters in sizes, each [size] float32 and ascending.
 
-    Up to 1024 distinct values the clusters are optimal, by dynamic programming over the distinct values (Bellman 1973; Wang and Song 2011).
-    Of more, neighbours are first joined to at most 1024 groups, as many per interval as an optimal quantizer has levels there (density to
+    Up to `groups` distinct values the clusters are optimal, by dynamic programming over them (Bellman 1973; Wang and Song 2011). Of more,
+    neighbours are first joined to at most so many groups, as many per interval as an optimal quantizer has levels there (density to
     the power 1/3: Panter and Dite 1951); the optimal clusters of the groups are where `lloyd` begins. With fewer distinct values than
     clusters the centers are those values, the last one repeated. Without any values they are 0.
     """
@@ -69,7 +69,7 @@ def kmeans(values: Values, sizes: Sequence[int], iterations: int = 100, toleranc
         found[k] = _padded(values.distinct, k)
     others = [k for k in sizes if k < len(values.starts)]
     if others:
-        edges = _groups(values)
+        edges = _groups(values, groups)
         for k, bounds in _partitions(edges, values.sums[edges], others).items():
             counts = np.diff(bounds)
             means = np.diff(values.sums[bounds])[counts > 0] / counts[counts > 0]
@@ -136,15 +136,15 @@ def _padded(centers: Array, size: int) -> Array:
     return np.concatenate([centers, np.full(size - len(centers), filler, np.float32)])
 
 
-def _groups(values: Values) -> Array:
+def _groups(values: Values, most: int) -> Array:
     """Edges of the groups as positions among the values, ascending from 0 to n: single distinct values if these are few enough."""
     n = len(values.values)
-    if len(values.starts) <= _GROUPS:
+    if len(values.starts) <= most:
         return np.append(values.starts, n)
-    places = np.linspace(0, n - 1, min(n, 16 * _GROUPS + 1)).astype(np.int64)
+    places = np.linspace(0, n - 1, min(n, 64 * most + 1)).astype(np.int64)
     levels = np.cbrt(np.diff(values.values[places].astype(np.float64)) ** 2 * np.diff(places))
     rank = np.concatenate([[0.0], np.cumsum(levels)])
-    inner = np.interp(np.arange(1, _GROUPS) / _GROUPS * rank[-1], rank, places)
+    inner = np.interp(np.arange(1, most) / most * rank[-1], rank, places)
     return np.unique(np.concatenate([[0], np.rint(inner).astype(np.int64), [n]]))
 
 
@@ -155,22 +155,28 @@ def _partitions(edges: Array, sums: Array, sizes: Iterable[int]) -> dict[int, Ar
 
     With best_k(j) the least error of the first j groups in k clusters, less the sum of their squares (the same for every partition),
     best_k(j) = min over i ≤ j of best_{k−1}(i) − (sums_j − sums_i)² / (n_j − n_i). The minimising i grows with j: it is sought among all i
-    for every 32nd j, and between the neighbours' for the others.
+    for every 16th j, and between the neighbours' for the others.
     """
     counts = edges.astype(np.float64)
     sums = sums - counts * (sums[-1] / counts[-1])
     last = len(edges) - 1
-    coarse = np.unique(np.append(np.arange(0, last + 1, _STRIDE), last))[:, None]
-    fine = np.minimum(coarse[:-1] + np.arange(1, _STRIDE), last)
+    coarse = np.unique(np.append(np.arange(0, last + 1, _STRIDE), last))
+    fine = np.minimum(coarse[:-1, None] + np.arange(1, _STRIDE), last)
     best = -np.square(sums) / np.maximum(counts, 1)
+    rows = np.arange(len(fine))[:, None]
     sizes = sorted(set(sizes))
     origin = np.zeros((sizes[-1] + 1, last + 1), np.int32)
+    saved = _saved(counts, sums, coarse, np.arange(last + 1))
     for k in range(2, sizes[-1] + 1):
         after = np.empty_like(best)
-        origin[k, coarse], after[coarse] = _cheapest(best, counts, sums, coarse, np.arange(last + 1)[None])
-        low, high = origin[k, coarse[:-1, 0]], origin[k, coarse[1:, 0]]
-        between = np.minimum(low[:, None] + np.arange(max(1, int((high - low).max()) + 1)), last)
-        origin[k, fine], after[fine] = _cheapest(best, counts, sums, fine, between)
+        cost = best - saved
+        pick = cost.argmin(1)
+        origin[k, coarse], after[coarse] = pick, cost[np.arange(len(coarse)), pick]
+        low, high = pick[:-1], pick[1:]
+        begins = np.minimum(low[:, None] + np.arange(max(1, int((high - low).max()) + 1)), last)
+        cost = best[begins][:, None] - _saved(counts, sums, fine, begins[:, None])
+        pick = cost.argmin(2)
+        origin[k, fine], after[fine] = begins[rows, pick], cost[rows, np.arange(fine.shape[1]), pick]
         best = after
     found = {}
     for size in sizes:
@@ -181,15 +187,10 @@ def _partitions(edges: Array, sums: Array, sizes: Iterable[int]) -> dict[int, Ar
     return found
 
 
-def _cheapest(best: Array, counts: Array, sums: Array, ends: Array, begins: Array) -> tuple[Array, Array]:
-    """For every end of ends [r, e], the begin among begins [r, b] (or [1, b]) of the cheapest last cluster, and the cost with it."""
-    begins = np.broadcast_to(begins, (len(ends), begins.shape[1]))
-    shape = (*ends.shape, begins.shape[1])
-    begin = np.broadcast_to(begins[:, None], shape)
-    cost = sums[ends][..., None] - sums[begins][:, None]
-    np.square(cost, out=cost)
-    cost /= np.maximum(counts[ends][..., None] - counts[begins][:, None], 1)
-    np.subtract(best[begins][:, None], cost, out=cost)
-    cost[begin > ends[..., None]] = np.inf
-    pick = cost.argmin(-1)[..., None]
-    return np.take_along_axis(begin, pick, -1)[..., 0], np.take_along_axis(cost, pick, -1)[..., 0]
+def _saved(counts: Array, sums: Array, ends: Array, begins: Array) -> Array:
+    """(sums_j − sums_i)² / (n_j − n_i) for every end j, along a new last axis of begins i; −∞ where i > j."""
+    saved = sums[ends][..., None] - sums[begins]
+    np.square(saved, out=saved)
+    saved /= np.maximum(counts[ends][..., None] - counts[begins], 1)
+    np.putmask(saved, begins > ends[..., None], -np.inf)
+    return saved
