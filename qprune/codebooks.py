@@ -81,9 +81,9 @@ def codebooks(
 
 def refine(weight: Tensor, codebook: Codebook, iterations: int = 5, layer: str = "weight") -> Codebook:
     """The codebook after some of Lloyd's iterations on weights that have changed a little (of a linear one: fitted anew)."""
-    values, rest = _values(layer, weight, codebook.zero)
     if codebook.linear:
         return _of_layer(layer, weight, [codebook.bits], codebook.zero, True)[codebook.bits]
+    values, rest = _values(layer, weight, codebook.zero)
     centers = lloyd(values, codebook.values.cpu().numpy(), iterations)
     return replace(codebook, values=torch.from_numpy(centers).to(weight.device), error=values.error(centers) + rest)
 

@@ -28,6 +28,7 @@ class CodedLayer:
     bits     bits of the code of a kept weight
     entries  32-bit numbers of its codebook (2^bits; 2 for equidistant values; 0: none)
     mask     True where kept, flattened in the order of the file, or None if not at hand
+    filters  None: single weights are kept or pruned; else whole filters are, of so many, and the mask has one entry per filter
     """
 
     weights: int
@@ -35,15 +36,26 @@ class CodedLayer:
     bits: int
     entries: int
     mask: Tensor | None = field(default=None, compare=False, repr=False)
+    filters: int | None = None
 
     def __post_init__(self) -> None:
         if not (0 <= self.nnz <= self.weights and self.bits >= 0 and self.entries >= 0):
             raise InputError(f"CodedLayer: got {self.nnz} of {self.weights} weights at {self.bits} bits, expected 0 ≤ nnz ≤ weights")
-        if self.mask is not None and (self.mask.numel() != self.weights or int(self.mask.sum()) != self.nnz):
+        if self.filters is not None and (self.filters < 1 or self.weights % self.filters or self.nnz * self.filters % max(self.weights, 1)):
+            raise InputError(f"CodedLayer: got {self.nnz} of {self.weights} weights in {self.filters} filters, expected whole filters")
+        if self.mask is not None and (self.mask.numel() != self.entries_of_mask or int(self.mask.sum()) != self.kept_of_mask):
             raise InputError(
-                f"CodedLayer: got a mask of {self.mask.numel()} weights with {int(self.mask.sum())} kept, "
-                f"expected {self.weights} with {self.nnz}; make the mask from the same weights"
+                f"CodedLayer: got a mask of {self.mask.numel()} entries with {int(self.mask.sum())} kept, "
+                f"expected {self.entries_of_mask} with {self.kept_of_mask}; make the mask from the same weights"
             )
+
+    @property
+    def entries_of_mask(self) -> int:
+        return self.weights if self.filters is None else self.filters
+
+    @property
+    def kept_of_mask(self) -> int:
+        return self.nnz if self.filters is None or not self.weights else self.nnz * self.filters // self.weights
 
 
 @dataclass(frozen=True)
@@ -52,9 +64,9 @@ class LayerSize:
 
     dense    32 per weight
     values   bits · nnz: the paper's measure
-    entropy  n · H(nnz / n), the entropy of a mask of independent entries: a bound for what a mask costs on average
+    entropy  n · H(kept / n) of the mask's n entries, the entropy of independent entries: a bound for what a mask costs on average
     mask     the mask as an arithmetic coder writes it that learns the share of kept weights as it goes, or one bit per weight if shorter
-    gaps     distances between kept weights, in the layer's best width; None without a mask
+    gaps     distances between kept entries, in the layer's best width; None without a mask
     index    the smaller of mask and gaps
     books    codebooks
     """
@@ -115,10 +127,10 @@ def sizes(layers: Mapping[str, CodedLayer]) -> Sizes:
 
 
 def layer_size(layer: CodedLayer) -> LayerSize:
-    mask = mask_bits(layer.weights, layer.nnz)
+    mask = mask_bits(layer.entries_of_mask, layer.kept_of_mask)
     gaps = None if layer.mask is None else gap_bits(layer.mask)[1]
     index = mask if gaps is None else min(mask, gaps)
-    entropy = mask_entropy(layer.weights, layer.nnz)
+    entropy = mask_entropy(layer.entries_of_mask, layer.kept_of_mask)
     return LayerSize(FLOAT_BITS * layer.weights, layer.bits * layer.nnz, entropy, mask, gaps, index, FLOAT_BITS * layer.entries)
 
 

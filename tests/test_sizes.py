@@ -105,8 +105,19 @@ def test_index_is_the_shorter_code_of_every_layer() -> None:
     assert sizes({**layers, "unknown": CodedLayer(10, 5, 2, 4)}).total.gaps is None
 
 
+def test_whole_filters_have_one_entry_each() -> None:
+    mask = torch.tensor([True, False, True, True])
+    size = layer_size(CodedLayer(36, 27, 4, 16, mask, filters=4))
+    assert size.values == 108 and size.dense == 32 * 36 and size.entropy == pytest.approx(4 * (0.75 * math.log2(4 / 3) + 0.5))
+    assert size.index == size.mask == 4 < (size.gaps or 0)
+    with pytest.raises(InputError, match="got 26 of 36 weights in 4 filters, expected whole filters"):
+        CodedLayer(36, 26, 4, 16, filters=4)
+    with pytest.raises(InputError, match="a mask of 36 entries with 27 kept, expected 4 with 3"):
+        CodedLayer(36, 27, 4, 16, mask.repeat_interleave(9), filters=4)
+
+
 def test_errors() -> None:
     with pytest.raises(InputError, match="got 11 of 10 weights"):
         CodedLayer(10, 11, 2, 4)
-    with pytest.raises(InputError, match="a mask of 4 weights with 4 kept, expected 4 with 3"):
+    with pytest.raises(InputError, match="a mask of 4 entries with 4 kept, expected 4 with 3"):
         CodedLayer(4, 3, 2, 4, torch.ones(4, dtype=torch.bool))

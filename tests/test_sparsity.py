@@ -72,6 +72,27 @@ def test_weights_are_those_of_the_sorted_order(data: st.DataObject) -> None:
     assert kept.bits == sum(bits[name] * kept.nnz[name] for name in bits) <= budget
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.tuples(st.lists(st.sampled_from([0.0, 1.0, -1.0, 2.0, 5.0]), max_size=6), st.integers(1, 8)), min_size=1, max_size=4),
+    st.integers(0, 100),
+    st.integers(1, 3),
+)
+def test_every_layer_keeps_so_many_within_the_budget(layers: list[tuple[list[float], int]], budget: int, at_least: int) -> None:
+    weights, bits = {str(i): torch.tensor(v) for i, (v, _) in enumerate(layers)}, {str(i): b for i, (_, b) in enumerate(layers)}
+    least = {name: min(at_least, int((weight != 0).sum())) for name, weight in weights.items()}
+    if budget < sum(bits[name] * count for name, count in least.items()):
+        with pytest.raises(InfeasibleBudgetError):
+            keep_weights(weights, bits, budget, at_least)
+        return
+    kept = keep_weights(weights, bits, budget, at_least)
+    assert sum(bits[name] * int(mask.sum()) for name, mask in kept.masks.items()) == kept.bits <= budget
+    for name, mask in kept.masks.items():
+        assert kept.nnz[name] >= least[name] and bool((weights[name][mask] != 0).all())
+        if 0 < kept.nnz[name] < len(mask):
+            assert weights[name][mask].abs().min() >= weights[name][~mask].abs().max()
+
+
 def test_a_large_layer_is_cut_at_the_exact_score() -> None:
     random = torch.Generator().manual_seed(0)
     weights = {"a": torch.randn(64, 32, 3, 3, generator=random), "b": 0.7 * torch.randn(100, 200, generator=random)}
