@@ -172,7 +172,7 @@ def _partitions(edges: Array, sums: Array, sizes: Iterable[int]) -> dict[int, Ar
         cost = best - saved
         pick = cost.argmin(1)
         origin[k, coarse], after[coarse] = pick, cost[np.arange(len(coarse)), pick]
-        low, high = pick[:-1], pick[1:]
+        low, high = np.minimum(pick[:-1], pick[1:]), np.maximum(pick[:-1], pick[1:])  # rounding may swap equally good ones
         begins = np.minimum(low[:, None] + np.arange(max(1, int((high - low).max()) + 1)), last)
         cost = best[begins][:, None] - _saved(counts, sums, fine, begins[:, None])
         pick = cost.argmin(2)

@@ -54,6 +54,15 @@ def test_kmeans_of_a_thousand_values_is_optimal_at_every_size() -> None:
         assert squared_error(HEAVY, centers) == pytest.approx(least[size - 1], rel=1e-6)
 
 
+@pytest.mark.parametrize("values", [np.arange(300) * 0.5, np.repeat(np.arange(-40, 47), 4), RANDOM.integers(0, 60, 250)])
+def test_kmeans_of_values_on_a_grid_is_optimal(values: np.ndarray) -> None:
+    """Many partitions are equally good there."""
+    values = np.sort(values).astype(np.float32)
+    least = least_errors(values, 40)
+    for size, centers in kmeans(Values.ascending(values), [2, 3, 8, 31, 40]).items():
+        assert squared_error(values, centers) == pytest.approx(least[size - 1], rel=1e-6)
+
+
 def test_kmeans_of_many_values_is_near_the_optimum() -> None:
     """Above 1024 distinct values groups are clustered: at most a percent is lost."""
     values = np.sort(RANDOM.laplace(size=2500)).astype(np.float32)
