@@ -19,8 +19,8 @@ def silence(model: nn.Module, policy: Policy, example_inputs: ExampleInputs) -> 
 
     example_inputs  for one call, from which the normalisations are found
 
-    Behind a rectifier the channel is then zero, and stays so in training, since a rectifier passes no gradient at 0. Filters whose
-    output nobody but such a normalisation gets are computed in vain from here on. Raises PolicyMismatchError for a layer that the model lacks.
+    Behind a rectifier the channel is then zero, and stays so in training, since a rectifier passes no gradient at 0. Raises
+    PolicyMismatchError for a layer that the model lacks.
     """
     pruned = policy.pruned()
     if not pruned:
@@ -31,7 +31,7 @@ def silence(model: nn.Module, policy: Policy, example_inputs: ExampleInputs) -> 
         if name not in modules:
             raise PolicyMismatchError(f"silence: the policy names layer {name!r}, which this network does not have")
         norm = units.get(name, Unit()).norm
-        parts = [(modules[name], ("weight", "bias"))]
+        parts: list[tuple[nn.Module, tuple[str, ...]]] = [(modules[name], ("weight", "bias"))]
         if norm is not None:
             parts.append((modules[norm], ("weight", "bias", "running_mean")))
         for module, names in parts:

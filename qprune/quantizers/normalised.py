@@ -25,6 +25,7 @@ class NormalisedWeightQuantizer(StagedQuantizer):
 
     Ours: the factor σ. Behind a normalisation only its running statistics see it; without one the layer keeps its scale.
 
+    widths the candidates that are not 0 bits
     bits   of the candidates, 0 (pruned) among them where filters have that choice
     start  of v; None: the clip of least squared error of a normal distribution, for the middle candidate
     """
@@ -32,8 +33,10 @@ class NormalisedWeightQuantizer(StagedQuantizer):
     def __init__(self, bits: Sequence[int], start: float | None = 1.0, device: torch.device | None = None) -> None:
         super().__init__(bits)
         self.widths = [b for b in self.bits if b != PRUNED]
-        self.steps, self.zero_point = ([grid[i] for grid in (weight_grid("dorefa", b) for b in self.widths)] for i in range(2))
-        clip = middle_range(self.steps, self.zero_point) / 2 if start is None else start
+        self.steps, self.zero_point = ([weight_grid("dorefa", b)[i] for b in self.bits] for i in range(2))
+        self.pass_through = [0] * len(self.bits)
+        self.levels = [n for n in self.steps if n > 0]
+        clip = middle_range(self.levels, [n / 2 for n in self.levels]) / 2 if start is None else start
         self.log_clip = nn.Parameter(torch.full((1, 1), math.log(clip), device=device))
         self.register_buffer("deviation", torch.ones(1, 1, device=device), persistent=False)
         self._add_seed(device)
@@ -65,13 +68,13 @@ class NormalisedWeightQuantizer(StagedQuantizer):
         r = (2 * positive(self.log_clip) * self.deviation).expand(-1, len(self.widths))
         dtype = torch.float64 if centred.dtype == torch.float64 else torch.float32
         zero = torch.zeros(1, 1, dtype=dtype, device=centred.device).expand_as(r)
-        k = len(self.widths)
-        return Candidates(zero, r.to(dtype), p.to(dtype).unsqueeze(0), self.steps, self.zero_point, [0] * k, [0] * k)
+        none = [0] * len(self.levels)
+        return Candidates(zero, r.to(dtype), p.to(dtype).unsqueeze(0), self.levels, [n / 2 for n in self.levels], none, none)
 
     def residual_means(self, centred: Tensor) -> Tensor:
         """The mean of |z − z_k| for every candidate but the last."""
         r = 2 * positive(self.log_clip.detach()) * self.deviation
-        return residual_means(centred.detach(), torch.zeros_like(r), r, self.steps[:-1], 0.5, 0)
+        return residual_means(centred.detach(), torch.zeros_like(r), r, self.levels[:-1], 0.5, 0)
 
     def forward(self, weight: Tensor, p: Tensor, kept: Tensor | None = None) -> Tensor:
         """Σ_k p_k Q_k(weight) for weight [F, C, …] and p [K]."""
