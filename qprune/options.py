@@ -117,8 +117,9 @@ class RunOptions:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as YAML and JSON hold them."""
-        return {name: _plain(value) for name, value in dataclasses.asdict(self).items()}
+        return {name: plain(value) for name, value in dataclasses.asdict(self).items()}
 
 
-def _plain(value: Any) -> Any:
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+def plain(value: Any) -> Any:
+    """Tuples as lists, as YAML and JSON hold them."""
+    return [plain(item) for item in value] if isinstance(value, tuple) else value

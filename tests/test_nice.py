@@ -117,7 +117,7 @@ def test_stages() -> None:
         assert torch.equal(quantizer.train()(w, p), quantized) == (stage == "quantized")
     quantizer.stage = "float"
     assert torch.equal(quantizer(w, p), w)
-    with pytest.raises(QPruneError, match=r"^stage: a weight quantizer knows quantized, noisy, float, got 'clamped'$"):
+    with pytest.raises(QPruneError, match=r"^stage: WeightQuantizer knows quantized, noisy, float, got 'clamped'$"):
         quantizer.stage = "clamped"
     assert "stage" not in quantizer.state_dict() and "seed" not in quantizer.state_dict()
 

@@ -90,7 +90,7 @@ def test_clamped_without_rounding() -> None:
     assert torch.equal(quantizer(x, torch.tensor([0.25, 0.75])), x.clamp(0, c)), "exactly c above c"
     rounded = clipped_at(0.7, 2, 3).eval()(x, torch.tensor([0.25, 0.75]))
     assert torch.equal(quantizer.eval()(x, torch.tensor([0.25, 0.75])), rounded), "eval mode quantizes"
-    with pytest.raises(QPruneError, match=r"^stage: an activation quantizer knows quantized, clamped, got 'noisy'$"):
+    with pytest.raises(QPruneError, match=r"^stage: OutputQuantizer knows quantized, clamped, got 'noisy'$"):
         quantizer.stage = "noisy"
 
 

@@ -9,18 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qprune.errors import QPruneError
 from qprune.grids import input_grid
 from qprune.quantizers.base import CalibratedQuantizer, mean_over_ranks, spread
+from qprune.quantizers.staging import Staged
 from qprune.quantizers.uniq import quantize_activation, straight_mixture
 from qprune.space import FLOAT
 
-STAGES = ("quantized", "clamped")
 DEVIATIONS = 5.0
 _SHARE = 0.1  # of a new batch in the moving averages
 
 
-class OutputQuantizer(CalibratedQuantizer):
+class OutputQuantizer(Staged, CalibratedQuantizer):
     """Quantizers of a pre-activation x [N, C, …], rectifier included: y = Σ_k p_k A_k(x) (Zur et al., 1904.09872).
 
     kind    "nice" (1810.00162): y = round(min(relu(x), c) s) / s, s = (2^b − 1) / c, with the clip c = mean + 5 deviations of x, taken
@@ -38,7 +37,7 @@ class OutputQuantizer(CalibratedQuantizer):
     """
 
     average: Tensor
-    _stage = "quantized"
+    stages = ("quantized", "clamped")
 
     def __init__(self, kind: str, bits: Sequence[int], own: bool = False, device: torch.device | None = None) -> None:
         columns = len(bits) if own else 1
@@ -47,16 +46,6 @@ class OutputQuantizer(CalibratedQuantizer):
         nn.init.constant_(self.log_range, math.log(DEVIATIONS))  # of a pre-activation of zero mean and unit deviation
         self.register_buffer("average", torch.zeros(3, device=device))
         self._add_flag(device)
-
-    @property
-    def stage(self) -> str:
-        return self._stage
-
-    @stage.setter
-    def stage(self, value: str) -> None:
-        if value not in STAGES:
-            raise QPruneError(f"stage: an activation quantizer knows {', '.join(STAGES)}, got {value!r}")
-        self._stage = value
 
     def restart(self) -> None:
         """Forget what was observed, and calibrate again on the next training batch."""

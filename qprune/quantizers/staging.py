@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qprune.errors import QPruneError
 from qprune.kernels import mix_quantize
 from qprune.quantizers.base import Quantizer
 
-STAGES = ("quantized", "noisy", "float")
 
+class Staged(nn.Module):
+    """A quantizer whose training mode goes through stages.
 
-class StagedQuantizer(Quantizer):
-    """A quantizer of weights with stages (1804.10969, section 3; 1810.00162, section 3).
-
-    stage  what training mode uses: "quantized", "noisy" (noise of the size of a step, in place of rounding) or "float" (the weight as it
-           is). Eval mode quantizes always. Not part of state_dict: who sets it sets it again. Raises QPruneError for another value
-    seed   int64 [1], buffer: every draw of a forward pass is a function of it and of the position in the weight, whatever the device
+    stage  what training mode uses, one of `stages`. Eval mode quantizes always. Not part of state_dict: who sets it sets it again. Raises
+           QPruneError for another value
     """
 
-    seed: Tensor
+    stages: tuple[str, ...] = ("quantized",)
     _stage = "quantized"
-
-    def _add_seed(self, device: torch.device | None) -> None:
-        self.register_buffer("seed", torch.zeros(1, dtype=torch.int64, device=device), persistent=False)
 
     @property
     def stage(self) -> str:
@@ -32,9 +26,23 @@ class StagedQuantizer(Quantizer):
 
     @stage.setter
     def stage(self, value: str) -> None:
-        if value not in STAGES:
-            raise QPruneError(f"stage: a weight quantizer knows {', '.join(STAGES)}, got {value!r}")
+        if value not in self.stages:
+            raise QPruneError(f"stage: {type(self).__name__} knows {', '.join(self.stages)}, got {value!r}")
         self._stage = value
+
+
+class StagedQuantizer(Staged, Quantizer):
+    """A quantizer of weights with stages (1804.10969, section 3; 1810.00162, section 3).
+
+    stage  "quantized", "noisy" (noise of the size of a step, in place of rounding) or "float" (the weight as it is)
+    seed   int64 [1], buffer: every draw of a forward pass is a function of it and of the position in the weight, whatever the device
+    """
+
+    stages = ("quantized", "noisy", "float")
+    seed: Tensor
+
+    def _add_seed(self, device: torch.device | None) -> None:
+        self.register_buffer("seed", torch.zeros(1, dtype=torch.int64, device=device), persistent=False)
 
     @property
     def active_stage(self) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qprune.conventions import CONVENTIONS
-from qprune.options import OptionError
+from qprune.options import OptionError, plain
 from qprune.space import SearchSpace
 from qprune.tasks import data, models
 
@@ -81,8 +81,4 @@ class StudyOptions:
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as YAML and JSON hold them; only those that matter for this kind."""
         unused = {"bits": ("ratios",), "widths": ("layer", "pairs", "step", "others", "weight_quantizer", "input_quantizer", "convention")}
-        return {name: _plain(value) for name, value in dataclasses.asdict(self).items() if name not in unused[self.kind]}
-
-
-def _plain(value: Any) -> Any:
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+        return {name: plain(value) for name, value in dataclasses.asdict(self).items() if name not in unused[self.kind]}
