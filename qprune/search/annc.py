@@ -62,7 +62,7 @@ class Annc(Method):
     nesterov     momentum by Nesterov; the programs: plain
     clip_grad    largest norm of all weights' gradients together; None: no limit
     temperature  of distillation from the network as it was at the start, or from `teacher`; None: without
-    teacher      another network for that
+    teacher, teacher_share  another network for that, and its share of the loss
     a_bits       of the result's inputs (the first layer's: 8), from 1 to 8, or 32: float
 
     The budget is one of size: bits of the weights that remain, no index, no codebook (unless charged), no bias. `network` gives the
@@ -95,6 +95,7 @@ class Annc(Method):
         clip_grad: float | None = None,
         temperature: float | None = None,
         teacher: nn.Module | None = None,
+        teacher_share: float = 0.5,
         a_bits: int = FLOAT,
     ) -> None:
         super().__init__(*args)
@@ -128,7 +129,7 @@ class Annc(Method):
         self._own_teacher = temperature is not None and teacher is None
         self.distillation: Distillation | None = None
         if temperature is not None:
-            self.distillation = Distillation(teacher or copy_model(unwrap(self.model)), temperature)
+            self.distillation = Distillation(teacher or copy_model(unwrap(self.model)), temperature, teacher_share)
         elif teacher is not None:
             raise InputError("annc: a teacher needs a temperature, for example temperature=4")
 

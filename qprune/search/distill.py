@@ -14,25 +14,31 @@ from qprune.search.method import Closure
 
 
 class Distillation:
-    """loss + T² · KL(softmax(teacher / T) ‖ softmax(student / T)), a mean over samples; the factor T² keeps the term's gradient in the
-    loss's scale, as in section 2.1 of the paper.
+    """(1 − α) · loss + α · T² · KL(softmax(teacher / T) ‖ softmax(student / T)), a mean over samples; the factor T² keeps the term's
+    gradient in the loss's scale while logits are small against T, as in section 2.1 of the paper.
 
     teacher      gets what the student got; run in eval mode without gradients, logits [N, classes] as the student's
     temperature  T > 0
+    share        α, from above 0 to 1
+
+    Raises InputError for other numbers.
     """
 
-    def __init__(self, teacher: nn.Module, temperature: float) -> None:
+    def __init__(self, teacher: nn.Module, temperature: float, share: float = 0.5) -> None:
         if not 0 < temperature < math.inf:
             raise InputError(f"distillation: the temperature must be a positive number, got {temperature!r}")
-        self.teacher, self.temperature = teacher.eval().requires_grad_(False), temperature
+        if not 0 < share <= 1:
+            raise InputError(f"distillation: the share must be above 0 and at most 1, got {share!r}")
+        self.teacher, self.temperature, self.share = teacher.eval(), temperature, share
 
     def term(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """T² · KL for logits [N, classes]."""
         t = self.temperature
         log_p, log_q = (student.float() / t).log_softmax(1), (teacher.float() / t).log_softmax(1)
         return t * t * F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
 
     def wrap(self, closure: Closure) -> Closure:
-        """The closure whose loss has the term for every call of the model in it. Raises InputError if it does not call the model."""
+        """The closure with this loss, the mean of the term over its calls of the model. Raises InputError if it does not call the model."""
 
         def together(model: nn.Module, *batch: Tensor) -> Tensor:
             calls: list[tuple[Any, Any, Tensor]] = []
@@ -47,10 +53,11 @@ class Distillation:
                 handle.remove()
             if not calls:
                 raise InputError("distillation: the closure did not call the model that it was given, so there are no logits to compare")
+            terms = []
             for args, kwargs, logits in calls:
                 with torch.no_grad():
                     target = self.teacher(*args, **kwargs)
-                loss = loss + self.term(logits, target)
-            return loss
+                terms.append(self.term(logits, target))
+            return (1 - self.share) * loss + self.share * torch.stack(terms).mean()
 
         return together
