@@ -16,6 +16,8 @@ import qprune
 from qprune import Budget, InfeasibleBudgetError, NonFiniteError, Search
 from qprune.errors import BudgetError, InputError
 from qprune.nn.codebook import CodebookConv2d, CodebookLinear, CodebookRefresh, codebook_layers
+from qprune.options import RunOptions
+from qprune.recipes_annc import CodebookRecipe
 from qprune.search.annc import Annc, continued
 from qprune.search.distill import Distillation
 from qprune.search.driver import METHODS
@@ -188,7 +190,8 @@ def test_pruned_filters_are_a_policy() -> None:
     for name, layer in codebook_layers(net):
         gone = set(policy.pruned().get(name, []))
         assert {f for f in range(len(layer.mask)) if not layer.mask[f].any()} == gone
-        assert all(bool(layer.mask[f].float().mean() > 0.99) for f in range(len(layer.mask)) if f not in gone)
+        assert all(bool(layer.mask[f].all()) for f in range(len(layer.mask)) if f not in gone)
+        assert layer.stored().filters == len(layer.mask)
     assert float(qprune.cost(policy).size_bits) <= sum(sizes(net).values()) <= search.limits["size_bits"]
     final = qprune.convert(net, policy)
     for name in policy.pruned():
@@ -349,6 +352,38 @@ def test_a_chain_starts_from_what_the_result_is() -> None:
     assert all(torch.equal(value, method.weights[name]) for name, value in method.duplicate.items())
     second.fit(batches(), epochs=1)
     assert sum(sizes(method.network()).values()) <= 0.02 * 32 * WEIGHTS
+
+
+@pytest.mark.parametrize("granularity", ["weight", "filter"])
+def test_recipe(granularity: str) -> None:
+    options = RunOptions(method="annc", budget="size=5%", method_options={"granularity": granularity, "bits": 2, "a_bits": 4})
+    x, net = torch.cat([x for x, _ in batches()]), small()
+    recipe = CodebookRecipe(options, x[:2])
+    recipe.check(net)
+    model = recipe.prepare(net, [x])
+    search = Search(model, Budget.parse(options.budget), "annc", **options.of_search())
+    search.fit(batches(), epochs=2)
+    assert not torch.equal(model.get_parameter("0.weight"), net[0].weight), "the float network stays as it was"
+    final = recipe.finish(search, search.policy(), [x])
+    label, uniform = recipe.uniform(net, search, [x])
+    limit = search.limits["size_bits"]
+    assert sum(sizes(final).values()) <= limit <= sum(sizes(uniform).values()) < limit * (1.05 if granularity == "weight" else 2)
+    kept = {name: float(layer.mask.float().mean()) for name, layer in codebook_layers(uniform)}
+    total = sum(int(layer.mask.sum()) for _, layer in codebook_layers(uniform)) / WEIGHTS
+    assert label == f"uniform 2 bits, {100 * total:.3g} % kept"
+    for name, layer in codebook_layers(uniform):
+        weight = net.get_parameter(f"{name}.weight").detach()
+        rows = weight.flatten(1).norm(dim=1) if granularity == "filter" else weight.abs().flatten()
+        mask = layer.mask.flatten(1)[:, 0] if granularity == "filter" else layer.mask.flatten()
+        count = math.ceil(0.8 * len(rows))
+        assert rows[mask].min() == rows.sort(descending=True).values[count - 1]
+        assert kept[name] == pytest.approx(count / len(rows)) and layer.w_bits == 2
+    for model in (final, uniform):
+        assert [layer.a_bits for _, layer in codebook_layers(model)] == [8, 4, 4, 4]
+        assert all(layer.input_quantizer is not None and layer.input_quantizer.calibrated for _, layer in codebook_layers(model))
+        assert float(qprune.cost(model).macs) > 0
+    with pytest.raises(InfeasibleBudgetError):
+        CodebookRecipe(RunOptions(method="annc", budget="size=3"), x[:2]).check(net)
 
 
 CASES: dict[str, tuple[dict[str, Any], str]] = {

@@ -24,6 +24,7 @@ from qprune.nn.codebook import (
     CodebookRefresh,
     codebook_layers,
     refresh_codebooks,
+    stored_sizes,
     to_codebook,
 )
 from qprune.policy import LayerBits
@@ -160,6 +161,20 @@ def test_bits_of_filters() -> None:
     mask[[1, 4]] = False
     made = to_codebook(nn.Conv2d(3, 5, 3), mask, torch.zeros(4))
     assert made.layer_bits() == LayerBits((2, 0, 2, 2, 0), 32)
+
+
+def test_sizes() -> None:
+    """By hand: six of eight weights at 2 bits with a book of four, and a float layer of 16 weights."""
+    found = stored_sizes(nn.Sequential(linear_layer(), nn.Linear(2, 8)))
+    assert found.layers["0"].values == 12 and found.layers["0"].books == 128 and found.layers["0"].dense == 256
+    assert found.layers["0"].mask == 8, "one bit per weight"
+    assert found.layers["1"].total == 512 and found.total.total == 12 + 128 + found.layers["0"].index + 512
+    assert linear_layer().stored().filters is None
+    whole = to_codebook(nn.Linear(4, 2), torch.tensor([[True] * 4, [False] * 4]), torch.zeros(4), linear=True).stored()
+    assert (whole.filters, whole.nnz, whole.entries) == (2, 4, 2)
+    mixed = qprune.convert(nn.Sequential(nn.Linear(4, 2)), qprune.Policy({"0": (4, 32)}))
+    with pytest.raises(InputError, match="layer 0 is a QuantLinear, which has no codebook"):
+        stored_sizes(mixed)
 
 
 def test_as_plain_and_geometry() -> None:

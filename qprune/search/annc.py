@@ -239,17 +239,22 @@ class Annc(Method):
         final = copy_model(unwrap(self.model))
         modules = dict(final.named_modules())
         swaps: dict[nn.Module, nn.Module] = {}
-        for i, (name, (mask, book)) in enumerate(self._compressed(limit).items()):
+        a_bits = self.a_bits_of_layers()
+        for name, (mask, book) in self._compressed(limit).items():
             layer = modules[name]
             assert isinstance(layer, nn.Conv2d | nn.Linear)
-            a_bits = IMAGE_BITS if self.a_bits != FLOAT and i == 0 and name == next(iter(geometry_of(self.model).layers)) else self.a_bits
-            swaps[layer] = made = to_codebook(layer, mask, book.values, a_bits, self.linear)
+            swaps[layer] = made = to_codebook(layer, mask, book.values, a_bits[name], self.linear)
             made.layer_name = name
         final = replace_modules(final, swaps)
         record = record_of(self.model)
         if record is not None:
             attach(final, record)
         return final
+
+    def a_bits_of_layers(self) -> dict[str, int]:
+        """Bits of the inputs of the result's layers: `a_bits`, and 8 for the network's first layer, if inputs are quantized at all."""
+        first = next(iter(geometry_of(self.model).layers))
+        return {name: IMAGE_BITS if self.a_bits != FLOAT and name == first else self.a_bits for name in self.layers}
 
     def policy(self, budget: Budget) -> Policy:
         """The bits of `network`; filters without weights are at 0 bits and can be removed. A policy counts every weight of the others: its
@@ -262,9 +267,10 @@ class Annc(Method):
         """Every layer's mask within the limit, and its codebook."""
         kept, found = self._sparse(limit), {}
         for name, weight in self.weights.items():
-            remains = weight.detach() * kept.masks[name]
-            book = codebooks({name: remains}, (self.bits[name],), linear=self.linear)[name][self.bits[name]]
-            found[name] = (remains.abs() >= ZERO, book)
+            w, mask = weight.detach(), kept.masks[name]
+            if self.granularity == "weight":
+                mask = mask & (w.abs() >= ZERO)
+            found[name] = (mask, codebooks({name: w[mask]}, (self.bits[name],), False, self.linear)[name][self.bits[name]])
         return found
 
     def _schedule(self) -> None:
