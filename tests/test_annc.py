@@ -21,6 +21,7 @@ from qprune.recipes_annc import CodebookRecipe
 from qprune.search.annc import Annc, continued
 from qprune.search.distill import Distillation
 from qprune.search.driver import METHODS
+from qprune.stored import stored, stored_sizes
 from qprune.tasks import data, models
 from qprune.tasks.train import evaluate, fit
 
@@ -191,7 +192,7 @@ def test_pruned_filters_are_a_policy() -> None:
         gone = set(policy.pruned().get(name, []))
         assert {f for f in range(len(layer.mask)) if not layer.mask[f].any()} == gone
         assert all(bool(layer.mask[f].all()) for f in range(len(layer.mask)) if f not in gone)
-        assert layer.stored().filters == len(layer.mask)
+        assert stored(layer).filters == len(layer.mask)
     assert float(qprune.cost(policy).size_bits) <= sum(sizes(net).values()) <= search.limits["size_bits"]
     final = qprune.convert(net, policy)
     for name in policy.pruned():
@@ -450,5 +451,5 @@ def test_lenet_on_digits() -> None:
         assert torch.equal(layer.mask, masks[name]) and not layer.weight.detach()[~layer.mask].any()
         assert len(layer.shared_weight().unique()) <= 2**layer.w_bits + 1
     total = sum(m.weight.numel() for m in final.modules() if isinstance(m, CodebookConv2d | CodebookLinear))
-    assert 32 * total / sum(sizes(final).values()) >= 20
+    assert 32 * total / sum(sizes(final).values()) == pytest.approx(stored_sizes(final).total.rate) and stored_sizes(final).total.rate >= 20
     assert history[-1]["distance"] < history[2]["distance"]

@@ -24,11 +24,11 @@ from qprune.nn.codebook import (
     CodebookRefresh,
     codebook_layers,
     refresh_codebooks,
-    stored_sizes,
     to_codebook,
 )
 from qprune.policy import LayerBits
 from qprune.record import Record, attach
+from qprune.stored import layer_bits, stored, stored_sizes
 
 WEIGHT = [[0.9, -0.2, 0.0, 0.45], [-1.2, 0.3, 0.7, -0.5]]
 MASK = [[True, False, True, True], [True, True, False, True]]
@@ -152,7 +152,7 @@ def test_quantized_inputs() -> None:
     for row in (x / r).clamp(0, 1).mul(3).round().mul(r / 3):
         seen.append(F.linear(row, weight, layer.bias))
     torch.testing.assert_close(y, torch.stack(seen))
-    assert layer.layer_bits() == LayerBits(2, 2)
+    assert layer_bits(layer) == LayerBits(2, 2)
 
 
 def test_bits_of_filters() -> None:
@@ -160,7 +160,7 @@ def test_bits_of_filters() -> None:
     mask = torch.ones_like(layer.mask)
     mask[[1, 4]] = False
     made = to_codebook(nn.Conv2d(3, 5, 3), mask, torch.zeros(4))
-    assert made.layer_bits() == LayerBits((2, 0, 2, 2, 0), 32)
+    assert layer_bits(made) == LayerBits((2, 0, 2, 2, 0), 32)
 
 
 def test_sizes() -> None:
@@ -169,8 +169,8 @@ def test_sizes() -> None:
     assert found.layers["0"].values == 12 and found.layers["0"].books == 128 and found.layers["0"].dense == 256
     assert found.layers["0"].mask == 8, "one bit per weight"
     assert found.layers["1"].total == 512 and found.total.total == 12 + 128 + found.layers["0"].index + 512
-    assert linear_layer().stored().filters is None
-    whole = to_codebook(nn.Linear(4, 2), torch.tensor([[True] * 4, [False] * 4]), torch.zeros(4), linear=True).stored()
+    assert stored(linear_layer()).filters is None
+    whole = stored(to_codebook(nn.Linear(4, 2), torch.tensor([[True] * 4, [False] * 4]), torch.zeros(4), linear=True))
     assert (whole.filters, whole.nnz, whole.entries) == (2, 4, 2)
     mixed = qprune.convert(nn.Sequential(nn.Linear(4, 2)), qprune.Policy({"0": (4, 32)}))
     with pytest.raises(InputError, match="layer 0 is a QuantLinear, which has no codebook"):

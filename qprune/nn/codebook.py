@@ -11,7 +11,7 @@ epoch, and by 100 between epochs. Ours: quantized inputs, for which the paper ha
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +19,9 @@ from torch import Tensor, nn
 
 from qprune.codebooks import WIDTHS, Codebook, refine
 from qprune.errors import InputError, SpaceError
-from qprune.geometry import weighted_layers
 from qprune.nn.mixing import check_input
-from qprune.nn.surgery import plain, take_over
-from qprune.policy import LayerBits
+from qprune.nn.surgery import take_over
 from qprune.quantizers import InputQuantizer
-from qprune.sizes import CodedLayer, Sizes, sizes
 from qprune.space import FLOAT, PRUNED, check_bits
 
 STEP_ITERATIONS, EPOCH_ITERATIONS, PER_EPOCH = 5, 100, 20
@@ -96,19 +93,6 @@ class CodebookLayer(nn.Module):
         device. Raises InputError if a weight is not finite."""
         book = Codebook(self.w_bits, self.codebook.float(), zero=False, error=0.0, linear=self.linear)
         self.codebook.copy_(refine(self.weight[self.mask], book, iterations, self.layer_name or type(self).__name__).values)
-
-    def layer_bits(self) -> LayerBits:
-        """As a policy has it: filters that have no weight left are at 0 bits."""
-        alive = self.mask.flatten(1).any(1).tolist()
-        return LayerBits(self.w_bits if all(alive) else tuple(self.w_bits if there else PRUNED for there in alive), self.a_bits)
-
-    def stored(self) -> CodedLayer:
-        """What a file needs of the layer: the mask by filters where every filter is kept whole or not at all."""
-        rows = self.mask.flatten(1)
-        whole = bool((rows.any(1) == rows.all(1)).all())
-        mask, filters = (rows.any(1), len(rows)) if whole else (rows.flatten(), None)
-        entries = 2 if self.linear else 2**self.w_bits
-        return CodedLayer(rows.numel(), int(rows.sum()), self.w_bits, entries, mask, filters)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -182,21 +166,6 @@ def refresh_codebooks(model: nn.Module, iterations: int = STEP_ITERATIONS) -> No
     """Move all codebooks by so many of Lloyd's iterations."""
     for _, layer in codebook_layers(model):
         layer.refresh(iterations)
-
-
-def stored_sizes(model: nn.Module) -> Sizes:
-    """What the layers with codebooks need, and all other convolutions and linear layers at 32 bits per weight. Raises InputError for a
-    model with layers that are quantized in another way."""
-    layers = {}
-    for name, layer in weighted_layers(model):
-        if isinstance(layer, CodebookLayer):
-            layers[name] = layer.stored()
-        elif plain(layer) is not layer:
-            raise InputError(f"layer {name} is a {type(layer).__name__}, which has no codebook; its size is in qprune.cost(model)")
-        else:
-            count = cast(Tensor, layer.weight).numel()
-            layers[name] = CodedLayer(count, count, FLOAT, 0)
-    return sizes(layers)
 
 
 class CodebookRefresh:

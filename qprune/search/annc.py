@@ -40,6 +40,7 @@ from qprune.search.distill import Distillation
 from qprune.search.method import Closure, Method, StepResult
 from qprune.search.sparsity import Kept, keep_filters, keep_weights
 from qprune.space import FLOAT, IMAGE_BITS, check_bits
+from qprune.stored import layer_bits
 
 GRANULARITIES = ("weight", "filter")
 
@@ -259,7 +260,7 @@ class Annc(Method):
     def policy(self, budget: Budget) -> Policy:
         """The bits of `network`; filters without weights are at 0 bits and can be removed. A policy counts every weight of the others: its
         size is above that of the network unless whole filters are pruned."""
-        bits = {name: layer.layer_bits() for name, layer in codebook_layers(self.network(budget))}
+        bits = {name: layer_bits(layer) for name, layer in codebook_layers(self.network(budget))}
         return Policy(bits, geometry_of(self.model))
 
     @torch.no_grad()
