@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from qprune.nn.bitgates import BitGate
 from qprune.nn.nested import NestedConv2d, nest
 from qprune.policy import LayerBits
 from qprune.record import record_of
-from qprune.search import driver
+from qprune.search import driver, graph
 from qprune.search.sbs import Sbs
 from qprune.search.sbs_policy import Allocation, candidate_scores, gated_chains, nested_layers, remaining
 from qprune.silence import silence
@@ -452,6 +453,72 @@ def test_nan_changes_nothing() -> None:
         search.step(task, batch=(x * float("nan"), y))
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert all(math.isfinite(loss) for loss in steps(search, 2))
+
+
+def test_a_bad_batch_leaves_no_trace_in_the_gates() -> None:
+    model = prepared()
+    search, method = search_on(model)
+    steps(search, 2)
+    before = [gate.errors.clone() for gate in bit_gates(model)]
+    with pytest.raises(NonFiniteError):
+        search.step(task, batch=(torch.full((4, 1, 8, 8), math.nan), torch.zeros(4, dtype=torch.int64)))
+    assert all(bool(gate.errors.isfinite().all()) for gate in bit_gates(model))
+    assert all(torch.equal(gate.errors, b) for gate, b in zip(method.input_gates, before[1::2], strict=True))
+    assert float(qprune.cost(search.policy()).bops) <= search.limits["bops"]
+
+
+class StandIn(graph.Recorder):
+    """A recorder for the CPU: a record is the update with its static batch, run anew at every replay."""
+
+    def __init__(self, device: torch.device, warmup: int = 3) -> None:
+        self.warmup, self.calls, self.records = warmup, {}, {}
+
+    def aside(self, run: Callable[[], Tensor]) -> Tensor:
+        return run()
+
+    def record(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        return run
+
+
+def test_a_recorded_search_is_the_same_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "Recorder", StandIn)
+    losses, models = [], []
+    for recorded in (False, True):
+        model = prepared().train()
+        search, method = search_on(model, weight_lr=0.05, cuda_graph=recorded)
+        losses.append(steps(search, 12))
+        models.append(model.state_dict())
+    assert len(method.recorder.records) == 2  # type: ignore[union-attr]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    for a, b in zip(models[0].values(), models[1].values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_mixing_inputs_again_in_the_backward_pass_changes_nothing() -> None:
+    losses = [steps(search_on(prepared(), recompute=recompute, threshold_rate=3.0, lmbda=3.0)[0], 6) for recompute in (False, True)]
+    assert losses[0] == losses[1]
+
+
+def test_gates_under_autocast_are_those_without() -> None:
+    model = prepared().train()
+    _, method = search_on(model)
+    x = batches(1)[0][0]
+    for chain in method.chains:
+        chain.pruning.gate.thresholds.data.fill_(9.0)
+        chain.pruning.gate.clamp(chain.pruning.weight)
+    model(x)
+    plain = [(gate.errors.clone(), gate().detach()) for gate in bit_gates(model)]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(x).dtype == torch.bfloat16
+        assert all(torch.equal(chain.pruning(), again) for chain, again in zip(method.chains, kept_now(method), strict=True))
+    for gate, (errors, p) in zip(bit_gates(model), plain, strict=True):
+        torch.testing.assert_close(gate.errors, errors, rtol=0.03, atol=1e-4)
+        assert torch.equal(gate(), p)
+
+
+def kept_now(method: Sbs) -> list[Tensor]:
+    with torch.autocast("cpu", enabled=False):
+        return [chain.pruning() for chain in method.chains]
 
 
 @pytest.mark.parametrize("clips, largest", [("one", 1.0), ("fitted", None)])

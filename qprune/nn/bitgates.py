@@ -53,9 +53,11 @@ class BitGate(nn.Module):
 
     @torch.no_grad()
     def observe(self, errors: Tensor, share: bool = True) -> None:
-        """Take over new residuals [K − 1] (see `residual_means`), nothing if the gate is held. share: average them over the ranks."""
+        """Take over new residuals [K − 1] (see `residual_means`), those that are finite; nothing if the gate is held. share: average them
+        over the ranks."""
         if not self.held:
-            self.errors.copy_(mean_over_ranks(errors) if share else errors)
+            errors = (mean_over_ranks(errors) if share else errors).to(self.errors.dtype)
+            self.errors.copy_(torch.where(errors.isfinite(), errors, self.errors))
 
     def statistic(self) -> Tensor:
         """A [K − 1]."""
@@ -109,11 +111,11 @@ class PruningGate(nn.Module):
         """The mean of |w| / max |w| of every group [groups], in [0, 1]."""
         magnitude = weight.float().abs().flatten(1)
         means = (magnitude / magnitude.amax().clamp_min(torch.finfo(torch.float32).tiny)).mean(1)
-        return (means @ self.members) / self.members.sum(0)
+        return (means.unsqueeze(1) * self.members).sum(0) / self.members.sum(0)  # a matrix product would follow autocast
 
     def forward(self, weight: Tensor) -> Tensor:
         live = opened(self.importance(weight), self.thresholds)
-        return self.members @ torch.where(self.held >= 0, self.held, live)
+        return (self.members * torch.where(self.held >= 0, self.held, live)).sum(1)
 
     def margins(self, weight: Tensor) -> Tensor:
         """Importance minus threshold, per group."""

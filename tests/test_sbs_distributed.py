@@ -1,0 +1,81 @@
+"""A search with bit gates inside DistributedDataParallel, two processes over gloo, without find_unused_parameters."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+import qprune
+from qprune.cost import geometry_of
+from qprune.errors import InputError
+from qprune.nn.bitgates import BitGate
+from qprune.nn.nested import nest
+from qprune.search import driver
+from qprune.search.sbs import Sbs
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def prepared() -> nn.Module:
+    torch.manual_seed(0)
+    parts = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.ReLU()]
+    net = nn.Sequential(*parts, nn.Flatten(), nn.Linear(144, 3))
+    return qprune.prepare(net, qprune.SearchSpace((0, 2, 4), (2, 4)), example_inputs=torch.randn(1, 3, 8, 8))
+
+
+def work(rank: int, store: str) -> dict[str, object]:
+    """Two ranks search on different data; each says what it ended with."""
+    driver.METHODS["sbs"] = Sbs
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    model = prepared()
+    nest(model, geometry_of(model))
+    parallel = nn.parallel.DistributedDataParallel(model)
+    search = qprune.Search(parallel, qprune.Budget(bops="w3a3"), "sbs")
+    data, errors = torch.Generator().manual_seed(rank), []
+    for _ in range(4):
+        x, y = torch.randn(8, 3, 8, 8, generator=data), torch.randint(0, 3, (8,), generator=data)
+        search.step(lambda m, x=x, y=y: F.cross_entropy(m(x), y))  # type: ignore[misc]
+        errors += [gate.errors.tolist() for gate in model.modules() if isinstance(gate, BitGate)]
+    total = sum(float(p.detach().double().abs().sum()) for p in model.parameters())
+    policy = search.policy().to_json()
+    dist.destroy_process_group()
+    return {"parameters": total, "errors": errors, "policy": policy}
+
+
+def test_ranks_agree(tmp_path: Path) -> None:
+    words = [sys.executable, str(Path(__file__)), str(tmp_path / "store")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ranks = [
+        subprocess.Popen([*words, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) for rank in (0, 1)
+    ]
+    outputs = [rank.communicate(timeout=240) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], outputs
+    first, second = (json.loads(out) for out, _ in outputs)
+    assert first == second
+    assert len({str(errors) for errors in first["errors"]}) > 8
+
+
+def test_a_wrapped_model_must_be_nested_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(driver.METHODS, "sbs", Sbs)
+
+    class DataParallel(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+    with pytest.raises(InputError, match="on it before it is wrapped"):
+        qprune.Search(DataParallel(prepared()), qprune.Budget(bops="w3a3"), "sbs")
+
+
+if __name__ == "__main__":
+    print(json.dumps(work(int(sys.argv[2]), sys.argv[1])))
