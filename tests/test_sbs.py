@@ -455,6 +455,55 @@ def test_nan_changes_nothing() -> None:
     assert all(math.isfinite(loss) for loss in steps(search, 2))
 
 
+def with_rules(**rules: qprune.SearchSpace) -> nn.Module:
+    torch.manual_seed(0)
+    named = {name.replace("_", "."): space for name, space in rules.items()}
+    return qprune.prepare(block_net(8), PRUNING, {"0": EDGE, "7": EDGE, **named}, batches(1)[0][0])
+
+
+@pytest.mark.parametrize("bits", [8, 32], ids=["fixed", "float input"])
+def test_a_reader_that_is_not_searched_reads_closed_channels_as_zero(bits: int) -> None:
+    model = with_rules(**{"4_conv2": qprune.SearchSpace((8,) if bits == 8 else (4, 8), (bits,))})
+    search, method = search_on(model, "w8a8", lmbda=3.0, threshold_rate=3.0)
+    steps(search, 4)
+    reader = model.get_submodule("4.conv2")
+    assert isinstance(reader, NestedConv2d) and reader.pruned_in is not None
+    closed = (reader.pruned_in() == 0).nonzero().flatten()
+    assert len(closed) > 0
+    x = torch.rand(2, 16, 4, 4)
+    other = x.clone()
+    other[:, closed] += 1.0
+    assert torch.equal(reader.eval()(x), reader(other))
+    policy = search.policy()
+    assert policy.layers["4.conv2"].a_bits == bits
+    image = batches(1, seed=5)[0][0]
+    policy = read_off(model, method)
+    final = silence(qprune.convert(model, policy), policy, image).eval()
+    torch.testing.assert_close(final(image), model.eval()(image), rtol=1e-4, atol=1e-4)
+
+
+def test_a_choice_between_0_bits_and_one_width() -> None:
+    """In a layer whose filters cannot be pruned the width remains, and the policy has it."""
+    model = with_rules(**{"3_conv2": qprune.SearchSpace((0, 4), (4,))})
+    search, method = search_on(model)
+    steps(search, 2)
+    assert method.layers["3.conv2"].space.w_bits == (4,)
+    assert search.policy().layers["3.conv2"] == LayerBits(4, 4)
+
+
+def test_all_candidates_share_one_clip_in_the_kernels() -> None:
+    """A column that is repeated with stride 0: the kernels then clip once for all candidates."""
+    model = prepared()
+    _, method = search_on(model)
+    layer = method.layers["4.conv2"]
+    w = layer.weight_quantizer.candidates(layer.weight, torch.ones(3))
+    a = layer.input_quantizer.candidates(torch.rand(2, 16, 4, 4), torch.ones(16, 3))
+    for found in (w, a):
+        assert found.range.stride(1) == found.offset.stride(1) == 0
+        assert len({z / n for n, z in zip(found.steps, found.zero_point, strict=True)}) == 1
+    assert a.range.shape == (16, 3)
+
+
 def test_a_bad_batch_leaves_no_trace_in_the_gates() -> None:
     model = prepared()
     search, method = search_on(model)

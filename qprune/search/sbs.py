@@ -1,6 +1,9 @@
 """Single-path bit sharing: Liu, Zhuang, Chen, Shen, Cai and Tan, "Single-path Bit Sharing for Automatic Loss-aware Model Compression"
 (2101.04935; IEEE TPAMI 45(10), 2023).
 
+    model = prepare(net, SearchSpace(w_bits=(0, 2, 4, 8), a_bits=(2, 4, 8)), rules, x)      # 0: filters may be pruned
+    search = Search(model, Budget(bops="w3a3"), method="sbs")
+
 From the paper: nested candidates, so that the wider quantizer is the narrower one plus residuals; a gate per residual and per group of
 filters, open while a statistic is above a learned threshold (qprune.nn.bitgates); thresholds of 0 at the start, kept at 0 or above after
 every step, without weight decay, at the weights' rate and with their momentum; thresholds of weights learn in even steps, those of inputs
@@ -14,7 +17,7 @@ learn in every step, which the paper leaves open. The cost of a depthwise layer 
 value, doubled in that layer's gradient. Gates in a residual's statistic are constants.
 
 The policy is converted like any other: the stored weight is then w − μ, so that plain "dorefa" quantizers with the range 2 v σ compute the
-same; fine-tuning no longer normalises it.
+same; fine-tuning no longer normalises it. `qprune.silence.silence` makes its pruned filters give zero, as their gates do here.
 """
 
 from __future__ import annotations

@@ -77,14 +77,14 @@ def candidate_scores(gate: nn.Module, bits: tuple[int, ...], widest: bool) -> np
 
 
 def layer_scores(model: nn.Module, widest: bool) -> dict[str, LayerScores]:
-    """For `allocate`: of all layers with a choice, over the candidates that are not 0 bits."""
-    scores = {}
+    """For `allocate`: of all nested layers but those that `prepare` fixed, over the candidates that are not 0 bits."""
+    record, scores = record_of(model), {}
     for name, layer in nested_layers(model).items():
-        widths = tuple(layer.weight_quantizer.widths)
-        space = replace(layer.space, w_bits=widths)
-        if not space.is_fixed:
+        if record is None or name not in record.fixed:
+            widths = tuple(layer.weight_quantizer.widths)
             weight = candidate_scores(layer.weight_gate.bits, widths, widest)
-            scores[name] = LayerScores(space, weight[None], candidate_scores(layer.input_gate, space.a_bits, widest))
+            inputs = candidate_scores(layer.input_gate, layer.space.a_bits, widest)
+            scores[name] = LayerScores(replace(layer.space, w_bits=widths), weight[None], inputs)
     return scores
 
 
@@ -114,7 +114,7 @@ class Allocation:
         self.geometry, self.chains = geometry_of(model), gated_chains(model)
         self.scores = layer_scores(model, widest)
         record = record_of(model)
-        self.fixed = {} if record is None else {name: bits for name, bits in record.fixed.items() if name not in self.scores}
+        self.fixed = {} if record is None else dict(record.fixed)
         with torch.no_grad():
             self.open = [((chain.pruning() @ chain.pruning.gate.members) > 0).cpu().numpy() for chain in self.chains]
             self.margins = [chain.pruning.gate.margins(chain.pruning.weight).cpu().numpy() for chain in self.chains]
