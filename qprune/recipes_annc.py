@@ -63,16 +63,19 @@ class CodebookRecipe:
 
 def uniform_network(net: nn.Module, method: Annc, bits: int) -> tuple[nn.Module, float]:
     """(network, share): a copy of `net` in which every layer that `method` compresses keeps the same share of its weights, or filters, the
-    largest ones, and all have a codebook of so many bits: the cheapest such network that costs at least the budget, or all weights."""
+    largest ones, and all have a codebook of so many bits: the cheapest such network that costs at least the budget, or all weights.
+    Layers of which `method` prunes no filter are whole."""
     final = copy_model(net)
     modules = dict(final.named_modules())
-    share = min(1.0, method.limit / (bits * sum(weight.numel() for weight in method.weights.values())))
+    counts = {name: weight.numel() for name, weight in method.weights.items()}
+    whole = sum(count for name, count in counts.items() if name in method.whole)
+    share = min(1.0, max(method.limit / bits - whole, 0.0) / max(sum(counts.values()) - whole, 1))
     swaps: dict[nn.Module, nn.Module] = {}
     kept_in_all = 0
     for name, a_bits in method.a_bits_of_layers().items():
         layer = modules[name]
         assert isinstance(layer, nn.Conv2d | nn.Linear)
-        mask = _largest(layer.weight.detach(), share, method.granularity)
+        mask = _largest(layer.weight.detach(), 1.0 if name in method.whole else share, method.granularity)
         book = codebooks({name: layer.weight.detach()[mask]}, (bits,), False, method.linear)[name][bits]
         made: CodebookConv2d | CodebookLinear = to_codebook(layer, mask, book.values, a_bits, method.linear)
         made.layer_name = name
@@ -82,13 +85,13 @@ def uniform_network(net: nn.Module, method: Annc, bits: int) -> tuple[nn.Module,
     record = record_of(net)
     if record is not None:
         attach(final, record)
-    return final, kept_in_all / sum(weight.numel() for weight in method.weights.values())
+    return final, kept_in_all / sum(counts.values())
 
 
 def _largest(weight: Tensor, share: float, granularity: str) -> Tensor:
     """The mask of the largest weights, or filters: the share, rounded up."""
     items = weight.numel() if granularity == "weight" else len(weight)
-    count = math.ceil(share * items - 1e-9)
+    count = max(1, math.ceil(share * items - 1e-9))
     if granularity == "weight":
         return keep_weights({"": weight}, {"": 1}, count).masks[""]
     rows = keep_filters({"": weight}, {"": 1}, count * (weight.numel() // items)).masks[""]

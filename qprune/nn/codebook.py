@@ -27,24 +27,6 @@ from qprune.space import FLOAT, PRUNED, check_bits
 STEP_ITERATIONS, EPOCH_ITERATIONS, PER_EPOCH = 5, 100, 20
 
 
-class _Shared(torch.autograd.Function):
-    """The shared values in place of the latent weight; the gradient goes straight through to it where the mask is set."""
-
-    @staticmethod
-    def forward(weight: Tensor, mask: Tensor, codebook: Tensor) -> Tensor:
-        values = codebook.float()
-        index = torch.bucketize(weight.detach().float().contiguous(), (values[1:] + values[:-1]) / 2)
-        return torch.empty_like(weight).copy_(codebook[index] * mask)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return gradient * ctx.saved_tensors[0], None, None
-
-
 class CodebookLayer(nn.Module):
     """Mixin of CodebookConv2d and CodebookLinear: every weight in the mask has the nearest of 2^w_bits shared values, the others are 0.
 
@@ -79,8 +61,12 @@ class CodebookLayer(nn.Module):
             self.weight.mul_(self.mask)
 
     def shared_weight(self) -> Tensor:
-        """What the layer computes with, in the latent weight's dtype; straight-through gradients."""
-        return _Shared.apply(self.weight, self.mask, self.codebook)  # type: ignore[no-any-return]
+        """What the layer computes with, in the latent weight's dtype and memory format. The gradient goes straight through to the latent
+        weight where the mask is set."""
+        latent, values = self.weight.detach(), self.codebook.float()
+        index = torch.bucketize(latent.float().contiguous(), (values[1:] + values[:-1]) / 2)
+        shared = torch.empty_like(latent).copy_(values[index] * self.mask)
+        return shared + (self.weight - latent) * self.mask
 
     def quantized_input(self, x: Tensor) -> Tensor:
         if self.input_quantizer is None:

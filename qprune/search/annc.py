@@ -52,7 +52,7 @@ class Annc(Method):
     least_bits, most_bits   that P_quant chooses from
     interval     batches between projections; None: at the end of every epoch of `fit` (who steps by hand calls `end_epoch`)
     project_first  project after the very first batch too, as for a network that is trained already
-    granularity  "weight": single weights are pruned; "filter": whole filters
+    granularity  "weight": single weights are pruned; "filter": whole filters, but none of a layer that gives the network's output
     exact        P_quant by a mixed-integer programme, and P_sparse too for filters; False: the paper's greedy choice
     charge_codebooks  the budget holds the codebooks too, 32 bits per value
     linear       equidistant values in place of k-means (ours)
@@ -118,6 +118,7 @@ class Annc(Method):
         self.freeze_after, self.warmup, self.clip_grad = freeze_after, warmup, clip_grad
         (self.a_bits,) = check_bits("a_bits", (a_bits,))
         self.layers = _layers(self.model, keep, keep_edges)
+        self.whole = _outputs(self.model) & set(self.layers) if granularity == "filter" else set()
         self.bits = self._start(bits)
         self.limit = self._limit(self.constraint.limits["size_bits"])
         self.weights = {name: layer.weight for name, layer in self.layers.items()}
@@ -202,9 +203,12 @@ class Annc(Method):
         weights = {name: weight.detach() for name, weight in self.weights.items()}
         if self.granularity == "weight":
             return keep_weights(weights, self.bits, limit)
-        kept = keep_filters(weights, self.bits, limit, exact=self.exact)
+        whole = {name: weights.pop(name) for name in self.layers if name in self.whole}
+        kept = keep_filters(weights, self.bits, limit - sum(self.bits[name] * w.numel() for name, w in whole.items()), exact=self.exact)
         masks = {name: kept.masks[name].view(-1, *[1] * (w.dim() - 1)).expand_as(w) for name, w in weights.items()}
-        return Kept(masks, kept.nnz, kept.bits)
+        masks |= {name: torch.ones_like(w, dtype=torch.bool) for name, w in whole.items()}
+        nnz = kept.nnz | {name: w.numel() for name, w in whole.items()}
+        return Kept(masks, nnz, sum(self.bits[name] * count for name, count in nnz.items()))
 
     def _quantized(self, shifted: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """P_quant of W + U: sets the bits, unless they are frozen, and returns V."""
@@ -293,7 +297,8 @@ class Annc(Method):
         apart = _float_bits(self.model, self.layers)
         least = 0
         for name, layer in self.layers.items():
-            items = layer.weight[0].numel() if self.granularity == "filter" else 1
+            filters = len(layer.weight) if name in self.whole else 1
+            items = filters * layer.weight[0].numel() if self.granularity == "filter" else 1
             least += self.bits[name] * items + (CODEBOOK_ENTRY_BITS * 2 ** self.bits[name] if self.charge_codebooks else 0)
         _check_feasible(apart + least, total)
         return total - apart
@@ -369,6 +374,14 @@ def _layers(model: nn.Module, keep: Sequence[str], keep_edges: bool) -> dict[str
     if not layers:
         raise InputError("annc: the network has no nn.Conv2d or nn.Linear layer to be compressed")
     return layers
+
+
+def _outputs(model: nn.Module) -> set[str]:
+    """The layers whose filters nothing else reads; where channel groups are not known, the last layer."""
+    geometry = geometry_of(model)
+    if not geometry.groups:
+        return {list(geometry.layers)[-1]}
+    return {name for group in geometry.groups if not group.consumers for name in group.producers}
 
 
 def _float_bits(model: nn.Module, layers: Mapping[str, nn.Module]) -> int:
