@@ -5,10 +5,11 @@
     python -m benchmarks.sbs --batch 8 --rounds 3 --network resnet8      # anywhere, in seconds
 
 A step is forward, backward and SGD with momentum, task loss only. Implementations: `float` (the network without quantizers), `qprune` (one
-pass that mixes, one pass per threshold that measures a residual, one convolution), `residuals` (gated residuals in PyTorch operations, as
-2101.04935 writes them, one convolution), and `paths` (a quantizer per candidate and a convolution per pair of candidates, summed with the
-gates' coefficients: multi-path search). Candidates 2, 4 and 8 bits for weights and inputs of every layer but the first and the last, some
-gates closed. Before anything is timed, the results are compared in float64. Kept: bytes that autograd keeps for the backward pass.
+pass that mixes, one pass per threshold that measures a residual, one convolution), `recompute` (the same, with inputs mixed again in the
+backward pass), `residuals` (gated residuals in PyTorch operations, as 2101.04935 writes them, one convolution), and `paths` (a quantizer
+per candidate and a convolution per pair of candidates, summed with the gates' coefficients: multi-path search). Candidates 2, 4 and 8 bits for
+weights and inputs of every layer but the first and the last, some gates closed. Before anything is timed, the results are compared in
+float64. Kept: bytes that autograd keeps for the backward pass.
 """
 
 from __future__ import annotations
@@ -146,7 +147,16 @@ def networks(setup: Setup) -> tuple[dict[str, nn.Module], tuple[Tensor, Tensor]]
         with torch.no_grad():  # a third of the gates closed, one after the other
             layer.weight_gate.bits.thresholds[number % 2] = float(number % 3 == 0)
             layer.input_gate.thresholds[number % 2] = float(number % 3 == 1)
-    found = {"float": floating, "qprune": ours, **{style: eager_network(ours, style) for style in ("residuals", "paths")}}
+    again = copy.deepcopy(ours)
+    for module in again.modules():
+        if isinstance(module, NestedConv2d):
+            module.recompute = True
+    found = {
+        "float": floating,
+        "qprune": ours,
+        "recompute": again,
+        **{style: eager_network(ours, style) for style in ("residuals", "paths")},
+    }
     layout: Any = {"memory_format": torch.channels_last}
     return {name: model.to(setup.device).to(**layout) for name, model in found.items()}, (x.to(setup.device), y.to(setup.device))
 
@@ -154,10 +164,10 @@ def networks(setup: Setup) -> tuple[dict[str, nn.Module], tuple[Tensor, Tensor]]
 def check(models_of: dict[str, nn.Module], x: Tensor) -> None:
     """Raise WrongResultError unless the implementations agree in float64."""
     found = {}
-    for name in ("qprune", "residuals", "paths"):
+    for name in ("qprune", "recompute", "residuals", "paths"):
         with torch.no_grad():
             found[name] = copy.deepcopy(models_of[name]).double().train()(x[:4].double())
-    for name in ("residuals", "paths"):
+    for name in ("recompute", "residuals", "paths"):
         error = float((found[name] - found["qprune"]).abs().max())
         if not error < 1e-5:
             raise WrongResultError(f"{name} differ from qprune by {error:.2g}")

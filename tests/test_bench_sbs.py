@@ -27,9 +27,11 @@ def test_rows_and_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[Any] = []
     assert sbs.main([*ARGUMENTS, "--json", str(tmp_path / "rows.json")], shown.append) == 0
     found = {row["implementation"]: row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
-    assert [found[name]["ratio"] for name in ("float", "qprune", "residuals", "paths")] == [0.5, 1.0, 1.5, 2.0]
-    assert found["float"]["kept"] < found["qprune"]["kept"] < found["residuals"]["kept"] < found["paths"]["kept"]
-    assert shown[0].row_count == 4
+    assert [found[name]["ratio"] for name in ("float", "qprune", "recompute", "residuals", "paths")] == [0.5, 1.0, 1.5, 2.0, 2.5]
+    assert (
+        found["float"]["kept"] < found["recompute"]["kept"] < found["qprune"]["kept"] < found["residuals"]["kept"] < found["paths"]["kept"]
+    )
+    assert shown[0].row_count == 5
 
 
 def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from qprune.errors import InfeasibleBudgetError, InputError, NonFiniteError, Spa
 from qprune.geometry import Geometry, trace_geometry
 from qprune.nn.bitgates import BitGate
 from qprune.nn.nested import NestedConv2d, nest
+from qprune.nn.premix import Premix
 from qprune.policy import LayerBits
 from qprune.record import record_of
 from qprune.search import driver, graph
@@ -407,6 +408,23 @@ def test_depthwise_chain_is_gated_once() -> None:
     torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-4)
 
 
+def test_converted_inverted_residuals_compute_what_the_gates_did() -> None:
+    torch.manual_seed(0)
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(8, 3, 16, 16, generator=g)
+    model = qprune.prepare(mobilenet(), PRUNING, {"conv1": EDGE, "fc": EDGE}, x)
+    search, method = search_on(model, lmbda=2.0, threshold_rate=2.0)
+    for _ in range(3):
+        search.step(lambda m: F.cross_entropy(m(x), torch.arange(8)))
+    policy = read_off(model, method)
+    pruned = policy.pruned()
+    assert {name.rpartition(".")[2] for name in pruned} == {"expand", "depthwise"}
+    assert all(pruned[name] == pruned[name.replace("expand", "depthwise")] for name in pruned)
+    final = silence(qprune.convert(model, policy), policy, x).eval()
+    torch.testing.assert_close(final(x), model.eval()(x), rtol=1e-3, atol=1e-3)
+    assert float(qprune.cost(model).bops.detach()) == pytest.approx(float(qprune.cost(final).bops), rel=1e-6)
+
+
 def test_refusals() -> None:
     for space, message in [
         (qprune.SearchSpace((2, 3), (2, 4)), r"w_bits: 3 bits behind 2 are not nested, since 2 does not divide 3"),
@@ -489,6 +507,15 @@ def test_a_choice_between_0_bits_and_one_width() -> None:
     steps(search, 2)
     assert method.layers["3.conv2"].space.w_bits == (4,)
     assert search.policy().layers["3.conv2"] == LayerBits(4, 4)
+
+
+def test_premix_leaves_a_nested_network_alone() -> None:
+    model = prepared().train()
+    nest(model, geometry_of(model))
+    x = batches(1)[0][0]
+    alone = model(x)
+    with Premix(model):
+        assert torch.equal(model(x), alone)
 
 
 def test_all_candidates_share_one_clip_in_the_kernels() -> None:

@@ -44,6 +44,11 @@ class NormalisedWeightQuantizer(StagedQuantizer):
     deviation: Tensor
 
     @property
+    def active_stage(self) -> str:
+        """Neither quantized nor noisy nor float as it is: nobody but the layer mixes this weight."""
+        return "normalised"
+
+    @property
     def log_range(self) -> Tensor:
         """log(2 v σ) [1, K], σ of the last call: the range of the same quantizers of w − μ."""
         return (self.log_clip.float() + (2 * self.deviation).log()).expand(-1, len(self.bits))

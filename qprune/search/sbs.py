@@ -34,7 +34,6 @@ from qprune.cost import cost, geometry_of
 from qprune.errors import InputError
 from qprune.nn.bitgates import BitGate, PruningGate
 from qprune.nn.nested import nest
-from qprune.nn.premix import Premix
 from qprune.nn.surgery import copy_model
 from qprune.policy import Policy
 from qprune.prepare import quantizer_parameters, weight_parameters
@@ -95,7 +94,6 @@ class Sbs(Method):
         self.mode, self.switch, self.lmbda, self.alternate, self.threshold_rate = mode, switch, lmbda, alternate, threshold_rate
         self.weight_gates = [layer.weight_gate.bits for layer in self.layers.values() if isinstance(layer.weight_gate.bits, BitGate)]
         self.input_gates = [layer.input_gate for layer in self.layers.values() if isinstance(layer.input_gate, BitGate)]
-        self.premix = Premix(nn.Identity())  # weights are normalised before they are mixed: every layer mixes its own
         adopt(self.optimizers, inner)
         Allocation(inner, self.constraint.limits, self.convention, mode == "pruning").check()
         self._enter_stage()
