@@ -4,12 +4,12 @@
     python -m benchmarks.sbs --json new.json --rounds 20
     python -m benchmarks.sbs --batch 8 --rounds 3 --network resnet8      # anywhere, in seconds
 
-A step is forward, backward and SGD with momentum, task loss only. Implementations: `float` (the network without quantizers), `qprune` (one
-pass that mixes, one pass per threshold that measures a residual, one convolution), `recompute` (the same, with inputs mixed again in the
-backward pass), `residuals` (gated residuals in PyTorch operations, as 2101.04935 writes them, one convolution), and `paths` (a quantizer
-per candidate and a convolution per pair of candidates, summed with the gates' coefficients: multi-path search). Candidates 2, 4 and 8 bits for
-weights and inputs of every layer but the first and the last, some gates closed. Before anything is timed, the results are compared in
-float64. Kept: bytes that autograd keeps for the backward pass.
+A step is forward, backward and SGD with momentum, task loss only. Implementations: `float` (the network without quantizers), `qprune`
+(one pass that mixes, one pass per threshold that measures a residual, one convolution), `recompute` (the same, with inputs mixed again in
+the backward pass), `residuals` (gated residuals in PyTorch operations, as 2101.04935 writes them, one convolution), and `paths` (a
+quantizer per candidate and a convolution per pair of candidates, summed with the gates' coefficients: multi-path search). Candidates 2, 4
+and 8 bits for weights and inputs of every layer but the first and the last, some gates closed. Before anything is timed, the results are
+compared in float64. Kept: bytes that autograd keeps for the backward pass.
 """
 
 from __future__ import annotations

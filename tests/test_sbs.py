@@ -414,8 +414,15 @@ def test_converted_inverted_residuals_compute_what_the_gates_did() -> None:
     x = torch.randn(8, 3, 16, 16, generator=g)
     model = qprune.prepare(mobilenet(), PRUNING, {"conv1": EDGE, "fc": EDGE}, x)
     search, method = search_on(model, lmbda=2.0, threshold_rate=2.0)
-    for _ in range(3):
+    for _ in range(2):
         search.step(lambda m: F.cross_entropy(m(x), torch.arange(8)))
+    for chain in method.chains:
+        chain.pruning.gate.thresholds.data.fill_(9.0)
+        chain.pruning.gate.clamp(chain.pruning.weight)
+    for gate in bit_gates(model)[::3]:
+        gate.thresholds.data[1] = 1.0
+    for _ in range(2):
+        model.train()(x)
     policy = read_off(model, method)
     pruned = policy.pruned()
     assert {name.rpartition(".")[2] for name in pruned} == {"expand", "depthwise"}
