@@ -20,8 +20,8 @@ class NormalisedWeightQuantizer(StagedQuantizer):
 
         ŵ = (w − μ) / σ,    z = (clamp(ŵ / v, −1, 1) + 1) / 2,    Q_k(w) = σ v (2 D_k(z) − 1),    D_k with 2^b − 1 steps
 
-    μ and σ (unbiased) are constants of a step, as in the paper, and taken over the weights that are kept. v is learned, as a logarithm.
-    Gradients: straight through inside the clip. The levels are those of "dorefa" weights: none is zero.
+    μ and σ are constants of a step, as in the paper, and taken over the weights that are kept. Reconstruction: σ is unbiased. v is learned,
+    as a logarithm. Gradients: straight through inside the clip. The levels are those of "dorefa" weights: none is zero.
 
     Ours: the factor σ. Behind a normalisation only its running statistics see it; without one the layer keeps its scale.
 

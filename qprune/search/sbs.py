@@ -8,8 +8,9 @@ From the paper: nested candidates, so that the wider quantizer is the narrower o
 filters, open while a statistic is above a learned threshold (qprune.nn.bitgates); thresholds of 0 at the start, kept at 0 or above after
 every step, without weight decay, at the weights' rate and with their momentum; thresholds of weights learn in even steps, those of inputs
 in odd ones; the loss CE + λ log R with the bit operations R of the gated network; weights, clips and thresholds learn together on one
-stream of data. R of A gates: Σ_l k² C_in C_out H W b_w b_a with the soft counts C = Σ f and b = b_1 + Σ_k G_k (b_k − b_{k−1}),
-G_k = g_2 … g_k: what `qprune.cost` gives for p, since b = Σ_k p_k b_k.
+stream of data. R = Σ_l k² C_in C_out H W b_w b_a with the soft counts C = Σ f of filters and b = b_1 + Σ_k G_k (b_k − b_{k−1}) of bits,
+G_k = g_2 … g_k: what `qprune.cost` gives for p, since b = Σ_k p_k b_k. Residuals are those of ungated sums, as in the paper's formula; its
+program subtracts the gated sum, which has the same value but another gradient for all gates but the last (derived).
 
 Ours: λ is found by dual ascent on log(R / budget) (lmbda: a constant, as in the paper); clips learn by Adam, as logarithms; filters are
 gated where their channel is read (qprune.nn.nested); the policy meets the budget exactly (qprune.search.sbs_policy). Filter thresholds
