@@ -103,6 +103,18 @@ def test_bits_go_where_they_save_most() -> None:
     torch.testing.assert_close(method.duplicate["0"], torch.tensor([[1.05, 1.05, 1.25, 1.25]]))
 
 
+@pytest.mark.parametrize("granularity", ["weight", "filter"])
+def test_some_of_every_layer_stays(granularity: str) -> None:
+    search = search_on(small(), 560.0, (1, 6, 6), granularity=granularity, at_least=2, bits=2)
+    with torch.no_grad():
+        annc_of(search).weights["3"].mul_(1e-2)
+    annc_of(search).project()
+    mask = annc_of(search).weights["3"] != 0
+    assert int(mask.sum() if granularity == "weight" else mask.flatten(1).any(1).sum()) == 2
+    with pytest.raises(InfeasibleBudgetError, match="smallest size there can be is 896 bits"):
+        search_on(small(), 895.0, (1, 6, 6), granularity="filter", at_least=4, bits=2)
+
+
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_two_steps_by_hand(nesterov: bool) -> None:
     """The gradient of Σ c·w is c: g = c + decay·w, momentum, w − ηg, then the proximal step towards V − U."""
@@ -392,6 +404,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "granularity": ({"granularity": "layer"}, "granularity must be one of weight, filter, got 'layer'"),
     "coupling": ({"coupling": 0.0}, "coupling must be a positive number"),
     "widths": ({"least_bits": 4, "most_bits": 3}, "expected 1 <= least_bits <= most_bits <= 8, got 4 and 3"),
+    "at_least": ({"at_least": -1}, "at_least must not be negative, got -1"),
     "interval": ({"interval": 0}, "interval must be at least 1 batch"),
     "warmup": ({"warmup": 0.1}, "needs Search\\(steps=…\\)"),
     "bits": ({"bits": 9}, "layer 0 starts at 9 bits; expected 1 to 8"),

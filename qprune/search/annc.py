@@ -10,9 +10,9 @@ an augmented Lagrangian with scaled dual U. As the paper's programs do it:
 P_sparse (qprune.search.sparsity) is a knapsack over single weights, P_quant one over the layers' bits (qprune.search.bitplan) with k-means
 as the quantizer (qprune.codebooks). Momentum buffers are not touched by projections; between them W may become dense again.
 
-Ours: at least one weight per layer; whole filters as items (granularity="filter"); layers that stay float; quantized inputs, which enter
-with the result; Nesterov's momentum and gradient clipping as options; and the starting bits as an option of their own, where the programs
-take the integer part of the bits that the budget is given by.
+Ours: a least number of weights per layer; whole filters as items (granularity="filter"); layers that stay float; quantized inputs, which
+enter with the result; Nesterov's momentum and gradient clipping as options; the share of the distillation's loss; and the starting bits as
+an option of their own, where the programs take the integer part of the bits that the budget is given by.
 """
 
 from __future__ import annotations
@@ -53,6 +53,8 @@ class Annc(Method):
     interval     batches between projections; None: at the end of every epoch of `fit` (who steps by hand calls `end_epoch`)
     project_first  project after the very first batch too, as for a network that is trained already
     granularity  "weight": single weights are pruned; "filter": whole filters, but none of a layer that gives the network's output
+    at_least     weights, or filters, of every layer that stay (ours; the programs: 0). Whole filters compete by their energy per bit, which
+                 can leave a layer of small weights with too few
     exact        P_quant by a mixed-integer programme, and P_sparse too for filters; False: the paper's greedy choice
     charge_codebooks  the budget holds the codebooks too, 32 bits per value
     linear       equidistant values in place of k-means (ours)
@@ -85,6 +87,7 @@ class Annc(Method):
         interval: int | None = None,
         project_first: bool = True,
         granularity: str = "weight",
+        at_least: int = 1,
         exact: bool = False,
         charge_codebooks: bool = False,
         linear: bool = False,
@@ -113,7 +116,9 @@ class Annc(Method):
         if not 0 <= warmup < 1 or (warmup and self.optimizers.total is None):
             raise InputError(f"annc: warmup is a share of the planned steps, from 0 to below 1, and needs Search(steps=…); got {warmup}")
         self.coupling, self.interval, self.project_first = coupling, interval, project_first
-        self.granularity, self.exact = granularity, exact
+        if at_least < 0:
+            raise InputError(f"annc: at_least must not be negative, got {at_least}")
+        self.granularity, self.exact, self.at_least = granularity, exact, at_least
         self.widths, self.charge_codebooks, self.linear = range(least_bits, most_bits + 1), charge_codebooks, linear
         self.freeze_after, self.warmup, self.clip_grad = freeze_after, warmup, clip_grad
         (self.a_bits,) = check_bits("a_bits", (a_bits,))
@@ -202,9 +207,10 @@ class Annc(Method):
         limit -= sum(CODEBOOK_ENTRY_BITS * 2**bits for bits in self.bits.values()) if self.charge_codebooks else 0
         weights = {name: weight.detach() for name, weight in self.weights.items()}
         if self.granularity == "weight":
-            return keep_weights(weights, self.bits, limit)
+            return keep_weights(weights, self.bits, limit, self.at_least)
         whole = {name: weights.pop(name) for name in self.layers if name in self.whole}
-        kept = keep_filters(weights, self.bits, limit - sum(self.bits[name] * w.numel() for name, w in whole.items()), exact=self.exact)
+        limit -= sum(self.bits[name] * w.numel() for name, w in whole.items())
+        kept = keep_filters(weights, self.bits, limit, self.at_least, self.exact)
         masks = {name: kept.masks[name].view(-1, *[1] * (w.dim() - 1)).expand_as(w) for name, w in weights.items()}
         masks |= {name: torch.ones_like(w, dtype=torch.bool) for name, w in whole.items()}
         nnz = kept.nnz | {name: w.numel() for name, w in whole.items()}
@@ -297,8 +303,10 @@ class Annc(Method):
         apart = _float_bits(self.model, self.layers)
         least = 0
         for name, layer in self.layers.items():
-            filters = len(layer.weight) if name in self.whole else 1
-            items = filters * layer.weight[0].numel() if self.granularity == "filter" else 1
+            items = min(self.at_least, layer.weight.numel())
+            if self.granularity == "filter":
+                filters = len(layer.weight)
+                items = layer.weight[0].numel() * (filters if name in self.whole else min(self.at_least, filters))
             least += self.bits[name] * items + (CODEBOOK_ENTRY_BITS * 2 ** self.bits[name] if self.charge_codebooks else 0)
         _check_feasible(apart + least, total)
         return total - apart
