@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -22,17 +21,22 @@ from qprune.cost import cost as cost_of
 from qprune.errors import NonFiniteError
 from qprune.files import write_atomically
 from qprune.geometry import Geometry
+from qprune.methods import recipe_for
+from qprune.nn.codebook import CodebookRefresh, codebook_layers
 from qprune.options import RunOptions
-from qprune.recipes import recipe_for
+from qprune.policy import Policy
+from qprune.recipes import Recipe
 from qprune.record import record_of
 from qprune.search.alternate import alternate
 from qprune.search.driver import METHODS, Search
 from qprune.search.method import StepResult
 from qprune.search.zur import Zur
+from qprune.stored import layer_bits, stored_sizes
 from qprune.tasks import models
 from qprune.tasks.data import Loader, Split, Task, stratified
 from qprune.tasks.train import Trainer, fit
 from qprune.tasks.train import evaluate as accuracy_on
+from qprune.usage import Meter
 
 CALIBRATION_BATCHES = 4
 ARCH_PARTS = 4
@@ -67,14 +71,18 @@ class Network:
 
 
 class Experiment:
-    """The phases of one seed, in the folder where its results go."""
+    """The phases of one seed, in the folder where its results go.
 
-    def __init__(self, options: RunOptions, task: Task, seed: int, folder: Path, watcher: Watcher) -> None:
+    recipe  None: that of the options' method
+    meter   what the phases took
+    """
+
+    def __init__(self, options: RunOptions, task: Task, seed: int, folder: Path, watcher: Watcher, recipe: Recipe | None = None) -> None:
         self.options, self.task, self.seed, self.folder, self.watcher = options, task, seed, folder, watcher
         self.example = task.train.x[:2]
-        self.seconds: dict[str, float] = {}
+        self.meter = Meter()
         self.generator = torch.Generator().manual_seed(seed)
-        self.recipe = recipe_for(options, self.example)
+        self.recipe = recipe_for(options, self.example) if recipe is None else recipe
 
     def run(self) -> dict[str, Any]:
         """All phases. Writes policy.json and model.safetensors; returns this seed's entry of result.json. On a NaN or infinite loss, raises
@@ -83,42 +91,46 @@ class Experiment:
         options = self.options
         net = models.for_task(options.model, self.task)
         self.recipe.check(net)
-        self._train("float", net, options.float_epochs, options.lr)
-        self.seconds["float_epoch"] = self.seconds["float"] / options.float_epochs
-
-        search = self._search(net)
+        self.train("float", net, options.float_epochs, options.lr)
+        search, policy, searched = self.searched(net)
         self.limits = search.limits
-        policy = search.policy()
-        policy.save(self.folder / "policy.json")
-        searched = self.recipe.finish(search, policy, self._batches())
-        self._train("finetune", searched, options.finetune_epochs, options.finetune_lr)
 
-        label, uniform = self.recipe.uniform(net, search, self._batches())
-        self._train("uniform", uniform, options.search_epochs + options.finetune_epochs, options.finetune_lr)
+        label, uniform = self.recipe.uniform(net, search, self.batches())
+        self.train("uniform", uniform, options.search_epochs + options.finetune_epochs, options.finetune_lr)
 
         save(searched, self.folder / "model.safetensors")
         networks = {
-            "float": self._measure("float", net),
-            "searched": self._measure("searched", searched),
-            "uniform": self._measure(label, uniform),
+            "float": self.measure("float", net),
+            "searched": self.measure("searched", searched),
+            "uniform": self.measure(label, uniform),
         }
+        seconds = {phase: usage.seconds for phase, usage in self.meter.phases.items()}
         return {
             "seed": self.seed,
             "networks": {name: asdict(network) for name, network in networks.items()},
-            "seconds": self.seconds,
+            "seconds": {**seconds, "float_epoch": seconds["float"] / options.float_epochs},
             "policy": json.loads(policy.to_json())["layers"],
             "input_bits": {row.name: float(row.a_bits) for row in cost_of(policy, convention=options.convention).rows},
             "search_history": search.history,
         }
 
-    def _batches(self) -> list[Tensor]:
+    def searched(self, net: nn.Module) -> tuple[Search, Policy, nn.Module]:
+        """Search from the float network, which does not change, and fine-tune what comes out. Writes policy.json."""
+        search = self._search(net)
+        policy = search.policy()
+        policy.save(self.folder / "policy.json")
+        final = self.recipe.finish(search, policy, self.batches())
+        self.train("finetune", final, self.options.finetune_epochs, self.options.finetune_lr)
+        return search, policy, final
+
+    def batches(self) -> list[Tensor]:
         """A few training inputs, to set ranges from."""
         loader = self.task.loader("train", self.options.batch_size, self.generator)
         return [x for x, _ in itertools.islice(loader, CALIBRATION_BATCHES)]
 
     def _search(self, net: nn.Module) -> Search:
         options, method = self.options, METHODS[self.options.method]
-        mixed = self.recipe.prepare(net, self._batches())
+        mixed = self.recipe.prepare(net, self.batches())
         weight_part, arch_part = self.task.train_halves(self.seed) if method.two_streams else (self.task.train, None)
         loader = self.task.loader(weight_part, options.batch_size, self.generator)
         chosen = {"seed": self.seed} if "seed" in method.options() else {}
@@ -139,10 +151,8 @@ class Experiment:
                 values["val_accuracy"] = accuracy_on(mixed, self.task.loader("val", 256))[1]
             self._record("search", mixed, values)
 
-        started = time.perf_counter()
-        with self._naming_checkpoint():
+        with self._naming_checkpoint(), self.meter.phase("search"):
             self._loop(search, loader, arch_part, on_step, on_epoch)
-        self.seconds["search"] = time.perf_counter() - started
         return search
 
     def _loop(
@@ -166,21 +176,25 @@ class Experiment:
         self.watcher.phase("search", self.seed, steps + epochs * len(search.method.stages.epochs) * len(loader))
         alternate(search, loader, arch_loaders, epochs, on_step=on_step, on_epoch=on_epoch)
 
-    def _train(self, phase: str, net: nn.Module, epochs: int, lr: float) -> None:
+    def train(self, phase: str, net: nn.Module, epochs: int, lr: float) -> None:
+        """Train a network in place, on all of the training data; shared weights follow theirs."""
         loader = self.task.loader("train", self.options.batch_size, self.generator)
         self.watcher.phase(phase, self.seed, epochs * len(loader))
         self._checkpoint(net)
+        refresh = CodebookRefresh(net, len(loader)) if any(codebook_layers(net)) else None
+
+        def on_step(step: int, total: int, loss: float) -> None:
+            if refresh is not None:
+                refresh.progress(step, total, loss)
+            self.watcher.step({"loss": loss})
 
         def on_epoch(values: dict[str, float], trainer: Trainer) -> None:
+            if refresh is not None:
+                refresh.on_epoch()
             self._record(phase, net, values)
 
-        started = time.perf_counter()
-        with self._naming_checkpoint():
-            fit(
-                net, loader, epochs, lr=lr, val_loader=self.task.loader("val", 256),
-                progress=lambda step, total, loss: self.watcher.step({"loss": loss}), on_epoch=on_epoch,
-            )  # fmt: skip
-        self.seconds[phase] = time.perf_counter() - started
+        with self._naming_checkpoint(), self.meter.phase(phase):
+            fit(net, loader, epochs, lr=lr, val_loader=self.task.loader("val", 256), progress=on_step, on_epoch=on_epoch)
 
     def _record(self, phase: str, net: nn.Module, values: Mapping[str, Any]) -> None:
         line = {"phase": phase, "seed": self.seed, **{name: v for name, v in values.items() if name != "phase"}}
@@ -204,16 +218,19 @@ class Experiment:
             error.args = (f"{error}; the last good state is in {self.folder / 'checkpoint.safetensors'}",)
             raise
 
-    def _measure(self, label: str, net: nn.Module) -> Network:
-        geometry = geometry_of(net, None if record_of(net) else self.example)
-        cost = cost_of(net, convention=self.options.convention) if record_of(net) else cost_of(net, self.example, self.options.convention)
+    def measure(self, label: str, net: nn.Module) -> Network:
+        """Accuracies and cost. What networks with codebooks cost is told by the bits of their layers: every weight of a filter that is not
+        gone counts for bit operations, the weights in the mask for the size."""
+        known, books = record_of(net) is not None, {name: layer_bits(layer) for name, layer in codebook_layers(net)}
+        geometry = geometry_of(net, None if known else self.example)
+        cost = cost_of(net, None if known else self.example, self.options.convention, Policy(books, geometry) if books else None)
         return Network(
             label,
             accuracy_on(net, self.task.loader("test", 256))[1],
             accuracy_on(net, self.task.loader("val", 256))[1],
             float(cost.bops),
             float(cost.macs),
-            float(cost.size_bits),
+            float(stored_sizes(net).total.values if books else cost.size_bits),
             *_mean_bits(cost, geometry),
         )
 

@@ -18,7 +18,7 @@ from qprune.nn.slim import extract, flops, homogeneous, slim, state_of
 from qprune.options import RunOptions
 from qprune.policy import LayerBits, Policy
 from qprune.prepare import Rules, calibrate, prepare
-from qprune.record import record_of
+from qprune.record import Record, record_of
 from qprune.search.driver import METHODS, Search
 from qprune.search.slimmable import Slimmable
 from qprune.space import SearchSpace
@@ -69,11 +69,20 @@ class BitRecipe:
     def uniform(self, net: nn.Module, search: Search, batches: Sequence[Tensor]) -> tuple[str, nn.Module]:
         record = record_of(search.model)
         w, a = uniform_above(geometry_of(search.model), record.fixed if record else {}, search.limits, self.options.convention)
+        return f"uniform w{w}a{a}", self.at_bits(net, w, a, batches)
+
+    def at_bits(self, net: nn.Module, w: int, a: int, batches: Sequence[Tensor]) -> nn.Module:
+        """The network with these bits in every layer that would be searched."""
         mixed = self._prepared(net, replace(self.space, w_bits=(w,), a_bits=(a,), pairs=((w, a),)), batches)
         only = record_of(mixed)
         assert only is not None and only.geometry is not None
-        policy = Policy({name: bits for name, bits in only.fixed.items() if bits is not None}, only.geometry)
-        return f"uniform w{w}a{a}", convert(mixed, policy)
+        return convert(mixed, Policy({name: bits for name, bits in only.fixed.items() if bits is not None}, only.geometry))
+
+    def outline(self, net: nn.Module) -> Record:
+        """The network's geometry, and the bits of the layers that are not searched."""
+        record = record_of(prepare(net, self.space, self.rules(net), self.example))
+        assert record is not None
+        return record
 
 
 class WidthRecipe:
@@ -123,7 +132,3 @@ def uniform_above(
         if min(ratios) >= 1 - 1e-12:
             found.append((max(ratios), abs(w - a), w, a))
     return min(found)[2:] if found else (BASELINE_BITS[-1], BASELINE_BITS[-1])
-
-
-def recipe_for(options: RunOptions, example: Tensor) -> Recipe:
-    return WidthRecipe(options, example) if options.method == Slimmable.name else BitRecipe(options, example)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import optuna
 
 HEARTBEAT, GRACE = 5, 30  # seconds
-_OPTIONS, _GROWING = "qprune options", "seeds"
+_OPTIONS = "qprune options"
 Point = tuple[int, int]
 """(index of the configuration in the grid, seed)"""
 
@@ -59,12 +59,20 @@ class Queue:
 
     storage           "sqlite:///path" or "postgresql://…"
     heartbeat, grace  seconds between signs of life, and without one until a trial is given up
+    growing           options that may grow (see check_options)
 
     Raises StudyError for a database that cannot be used: missing server, damaged or foreign file, other options.
     """
 
     def __init__(
-        self, storage: str, name: str, points: list[Point], options: Mapping[str, Any], heartbeat: int = HEARTBEAT, grace: int = GRACE
+        self,
+        storage: str,
+        name: str,
+        points: list[Point],
+        options: Mapping[str, Any],
+        heartbeat: int = HEARTBEAT,
+        grace: int = GRACE,
+        growing: Sequence[str] = ("seeds",),
     ) -> None:
         self.optuna, self.storage, self.points, self.known = require_optuna(), storage, points, set(points)
         with database_errors(self.optuna, storage):
@@ -80,7 +88,7 @@ class Queue:
                     raise StudyError(f"{shown(storage)}: the study {name!r} was not made by qprune; choose another name")
                 stored = {}
             else:
-                check_options(stored, options, f"the study {name!r} in {shown(storage)}")
+                check_options(stored, options, f"the study {name!r} in {shown(storage)}", growing)
             if stored != dict(options):
                 self.study.set_user_attr(_OPTIONS, dict(options))
 
@@ -188,18 +196,26 @@ class Queue:
             study.enqueue_trial({"policy": point["policy"], "seed": point["seed"]})
 
 
-def check_options(stored: Any, options: Mapping[str, Any], where: str) -> None:
-    """Raise StudyError, naming the first difference, unless the stored options are these, or these with fewer seeds."""
+def check_options(stored: Any, options: Mapping[str, Any], where: str, growing: Sequence[str] = ("seeds",)) -> None:
+    """Raise StudyError, naming the first difference, unless the stored options are these, or these with less of what is `growing`: a lower
+    number, fewer items at the end of a list, fewer entries."""
     if not isinstance(stored, Mapping):
         raise StudyError(f"{where} holds no options; it was not made by qprune, or is damaged")
     for name in {**stored, **options}:
         old, new = stored.get(name), options.get(name)
-        grown = name == _GROWING and isinstance(old, int) and isinstance(new, int) and new > old
-        if old != new and not grown:
+        if old != new and not (name in growing and _grown(old, new)):
             raise StudyError(
-                f"{where} was begun with {name}={old}, not {new}; give the same options to go on (more {_GROWING} are possible), or "
-                "another folder and name for a new study"
+                f"{where} was begun with {name}={old}, not {new}; give the same options to go on (more {', '.join(growing)} are "
+                "possible), or another folder and name for a new study"
             )
+
+
+def _grown(old: Any, new: Any) -> bool:
+    if isinstance(old, int) and isinstance(new, int):
+        return new > old
+    if isinstance(old, list) and isinstance(new, list):
+        return new[: len(old)] == old
+    return isinstance(old, Mapping) and isinstance(new, Mapping) and all(name in new and new[name] == value for name, value in old.items())
 
 
 def _first(item: tuple[Point, Any]) -> Point:

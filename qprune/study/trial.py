@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import os
 import platform
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from qprune.checkpoint import load, save
-from qprune.errors import CheckpointError
+from qprune.study.floats import trained_once
 from qprune.study.grid import Point
 from qprune.study.kinds import KINDS, Kind
 from qprune.study.options import StudyOptions
@@ -64,36 +59,14 @@ class Bench:
 
     def float_network(self, seed: int) -> tuple[nn.Module, str]:
         """The trained float network of a seed and a digest of its tensors; trained by the first process that needs it, others wait."""
-        path = self.folder / f"float-{seed}.safetensors"
-        with _locked(self.folder / f".float-{seed}.lock"):
-            if not path.exists():
-                torch.manual_seed(seed)
-                net = self.kind.float_network()
-                fit(net, self._loader(torch.Generator().manual_seed(seed)), self.options.float_epochs, lr=self.options.float_lr)
-                save(net, path)
-        net = load(path, self.kind.float_network)
-        return net, _digest(net)
+
+        def train() -> nn.Module:
+            torch.manual_seed(seed)
+            net = self.kind.float_network()
+            fit(net, self._loader(torch.Generator().manual_seed(seed)), self.options.float_epochs, lr=self.options.float_lr)
+            return net
+
+        return trained_once(self.folder / f"float-{seed}.safetensors", self.kind.float_network, train)
 
     def _loader(self, generator: torch.Generator) -> Any:
         return self.task.loader("train", self.options.batch_size, generator)
-
-
-def _digest(net: nn.Module) -> str:
-    """Of all tensors, by name; equal for equal networks (a safetensors file's header is not)."""
-    digest = hashlib.sha256()
-    for name, value in sorted(net.state_dict().items()):
-        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock that ends with the process."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("w")
-    except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from None
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
