@@ -404,6 +404,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "granularity": ({"granularity": "layer"}, "granularity must be one of weight, filter, got 'layer'"),
     "coupling": ({"coupling": 0.0}, "coupling must be a positive number"),
     "widths": ({"least_bits": 4, "most_bits": 3}, "expected 1 <= least_bits <= most_bits <= 8, got 4 and 3"),
+    "inputs": ({"a_bits": 0}, "a_bits=0 would leave nothing of the inputs"),
     "at_least": ({"at_least": -1}, "at_least must not be negative, got -1"),
     "interval": ({"interval": 0}, "interval must be at least 1 batch"),
     "warmup": ({"warmup": 0.1}, "needs Search\\(steps=…\\)"),

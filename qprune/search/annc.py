@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
@@ -28,18 +27,19 @@ from torch import Tensor, nn
 from qprune.budget import Budget
 from qprune.codebooks import WIDTHS, ZERO, Codebook, codebooks
 from qprune.cost import geometry_of
-from qprune.errors import BudgetError, InfeasibleBudgetError, InputError
+from qprune.errors import BudgetError, InputError
 from qprune.geometry import float_twin
 from qprune.nn.codebook import codebook_layers, to_codebook
-from qprune.nn.surgery import copy_model, plain, replace_modules
+from qprune.nn.surgery import copy_model, replace_modules
 from qprune.policy import Policy
 from qprune.prepare import weight_parameters
 from qprune.record import attach, record_of, unwrap
 from qprune.search.bitplan import CODEBOOK_ENTRY_BITS, plan_bits
+from qprune.search.compressible import check_size, compressible_layers, float_bits, output_layers
 from qprune.search.distill import Distillation
 from qprune.search.method import Closure, Method, StepResult
 from qprune.search.sparsity import Kept, keep_filters, keep_weights
-from qprune.space import FLOAT, IMAGE_BITS, check_bits
+from qprune.space import FLOAT, IMAGE_BITS, PRUNED, check_bits
 from qprune.stored import layer_bits
 
 GRANULARITIES = ("weight", "filter")
@@ -72,7 +72,8 @@ class Annc(Method):
     result, `policy` its bits with 0 for filters that have no weight left, `chosen` lets the model compute with the result's weights.
 
     Raises InputError for other options than these, a model that was prepared, layers that share a weight, and a recorder: projections are
-    made on the host. BudgetError for a budget of anything but size, InfeasibleBudgetError below least_bits for the least there can be.
+    made on the host. BudgetError for a budget of anything but size, InfeasibleBudgetError for one below what `at_least` needs at the first
+    bits.
     """
 
     name = "annc"
@@ -122,8 +123,10 @@ class Annc(Method):
         self.widths, self.charge_codebooks, self.linear = range(least_bits, most_bits + 1), charge_codebooks, linear
         self.freeze_after, self.warmup, self.clip_grad = freeze_after, warmup, clip_grad
         (self.a_bits,) = check_bits("a_bits", (a_bits,))
-        self.layers = _layers(self.model, keep, keep_edges)
-        self.whole = _outputs(self.model) & set(self.layers) if granularity == "filter" else set()
+        if a_bits == PRUNED:
+            raise InputError("annc: a_bits=0 would leave nothing of the inputs; expected 1 to 8, or 32 for float")
+        self.layers = compressible_layers(self.model, keep, keep_edges)
+        self.whole = output_layers(self.model) & set(self.layers) if granularity == "filter" else set()
         self.bits = self._start(bits)
         self.limit = self._limit(self.constraint.limits["size_bits"])
         self.weights = {name: layer.weight for name, layer in self.layers.items()}
@@ -151,8 +154,8 @@ class Annc(Method):
     @classmethod
     def check(cls, model: nn.Module, budget: Budget, convention: str) -> None:
         """Raise InfeasibleBudgetError if one bit per layer is too much. What options need besides is checked by the constructor."""
-        limit, layers = cls.limits(model, budget, convention)["size_bits"], _layers(model, (), False)
-        _check_feasible(_float_bits(model, layers) + len(layers), limit)
+        limit, layers = cls.limits(model, budget, convention)["size_bits"], compressible_layers(model, (), False)
+        check_size(float_bits(model, layers) + len(layers), limit)
 
     def step(
         self, closure: Closure, arch_closure: Closure | None = None, batch: Sequence[Tensor] = (), arch_batch: Sequence[Tensor] = ()
@@ -300,7 +303,7 @@ class Annc(Method):
 
     def _limit(self, total: float) -> float:
         """What of the budget is left for the layers that are compressed."""
-        apart = _float_bits(self.model, self.layers)
+        apart = float_bits(self.model, self.layers)
         least = 0
         for name, layer in self.layers.items():
             items = min(self.at_least, layer.weight.numel())
@@ -308,7 +311,7 @@ class Annc(Method):
                 filters = len(layer.weight)
                 items = layer.weight[0].numel() * (filters if name in self.whole else min(self.at_least, filters))
             least += self.bits[name] * items + (CODEBOOK_ENTRY_BITS * 2 ** self.bits[name] if self.charge_codebooks else 0)
-        _check_feasible(apart + least, total)
+        check_size(apart + least, total)
         return total - apart
 
     @torch.no_grad()
@@ -353,54 +356,3 @@ def continued(network: nn.Module) -> tuple[nn.Module, dict[str, int]]:
     back.
     """
     return float_twin(network), {name: layer.w_bits for name, layer in codebook_layers(network)}
-
-
-def _layers(model: nn.Module, keep: Sequence[str], keep_edges: bool) -> dict[str, nn.Conv2d | nn.Linear]:
-    """The layers to be compressed, in the order of their first use."""
-    inner = unwrap(model)
-    modules, order = dict(inner.named_modules()), list(geometry_of(model).layers)
-    if isinstance(keep, str):
-        raise InputError(f"annc: keep must be a list of layer names, got {keep!r}")
-    for pattern in keep:
-        if not any(fnmatchcase(name, pattern) for name in order):
-            raise InputError(f"annc: keep names {pattern!r}, which matches no layer; the layers are {', '.join(order[:8])}")
-    kept = {name for name in order if any(fnmatchcase(name, pattern) for pattern in keep)}
-    if keep_edges:
-        kept |= {order[0], order[-1]}
-    layers: dict[str, nn.Conv2d | nn.Linear] = {}
-    for name in order:
-        layer = modules[name]
-        if plain(layer) is not layer:
-            raise InputError(f"annc: layer {name} is a {type(layer).__name__}; pass the float network itself, or `continued(network)`")
-        if name not in kept and type(layer) in (nn.Conv2d, nn.Linear) and "weight" in layer._parameters:
-            layers[name] = layer  # type: ignore[assignment]
-    owners: dict[int, str] = {}
-    for name, layer in layers.items():
-        other = owners.setdefault(id(layer.weight), name)
-        if other != name:
-            raise InputError(f"annc: layers {other} and {name} share a weight, which has one mask and codebook only; name both in keep")
-    if not layers:
-        raise InputError("annc: the network has no nn.Conv2d or nn.Linear layer to be compressed")
-    return layers
-
-
-def _outputs(model: nn.Module) -> set[str]:
-    """The layers whose filters nothing else reads; where channel groups are not known, the last layer."""
-    geometry = geometry_of(model)
-    if not geometry.groups:
-        return {list(geometry.layers)[-1]}
-    return {name for group in geometry.groups if not group.consumers for name in group.producers}
-
-
-def _float_bits(model: nn.Module, layers: Mapping[str, nn.Module]) -> int:
-    """What the layers cost that stay float."""
-    return sum(FLOAT * layer.weights for name, layer in geometry_of(model).layers.items() if name not in layers)
-
-
-def _check_feasible(cheapest: int, limit: float) -> None:
-    if cheapest > limit:
-        raise InfeasibleBudgetError(
-            f"annc: the smallest size there can be is {cheapest} bits, the budget is {limit:.6g}; raise it, or let fewer layers stay float",
-            float(cheapest),
-            limit,
-        )
