@@ -24,10 +24,11 @@ from qprune.search.edmips import EdMIPS
 from qprune.search.graph import Recorder
 from qprune.search.method import Closure, Method, StepResult
 from qprune.search.optimizers import Optimizers
+from qprune.search.sbs import Sbs
 from qprune.search.slimmable import Slimmable
 from qprune.search.zur import Zur
 
-METHODS: dict[str, type[Method]] = {"edmips": EdMIPS, "darts": Darts, "zur": Zur, "slimmable": Slimmable}
+METHODS: dict[str, type[Method]] = {"edmips": EdMIPS, "darts": Darts, "zur": Zur, "slimmable": Slimmable, "sbs": Sbs}
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -41,7 +42,7 @@ class Search:
 
     model           from `prepare`, or built of mixed layers; changed in place. Wrapped in DistributedDataParallel or torch.compile is fine
     budget          what the policy may cost; steers the search and is kept exactly by `policy`
-    method          "edmips", "darts", "zur" or "slimmable"
+    method          "edmips", "darts", "zur", "slimmable" or "sbs"
     steps           number of steps planned: weights and quantizers then cool down along a half cosine. None: constant learning rates
     weight_lr, arch_lr, quantizer_lr, weight_decay, momentum    SGD for weights, Adam for gates and for ranges
     final_temperature  with `steps`: the gates' softmax temperature falls from 1 to this, so that the mixture approaches one candidate
