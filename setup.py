@@ -23,6 +23,7 @@ PACKAGES = {
     "qprune.quantizers": "qprune/quantizers",
     "qprune.search": "qprune/search",
     "qprune.export": "qprune/export",
+    "qprune.compare": "qprune/compare",
     "qprune.study": "qprune/study",
     "qprune.tasks": "qprune/tasks",
     "qprune.benchmarks": "benchmarks",

@@ -28,12 +28,12 @@ def _clock(seconds: float | None) -> str:
 
 
 class StudyBar:
-    """A `with` block that shows the bar; `watch` moves it."""
+    """A `with` block that shows the bar; `watch` moves it. unit: what is counted, in the plural."""
 
-    def __init__(self, console: Console) -> None:
-        columns = (TextColumn("trials"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[state]}"))
+    def __init__(self, console: Console, unit: str = "trials") -> None:
+        columns = (TextColumn(unit), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[state]}"))
         self.bar = Bar(*columns, console=console)
-        self.task = self.bar.add_task("trials", total=None, state="starting workers")
+        self.task = self.bar.add_task(unit, total=None, state="starting workers")
 
     def __enter__(self) -> StudyBar:
         self.bar.start()
