@@ -26,7 +26,7 @@ class RunOptions:
     data, model         a data set and a network of qprune.tasks
     budget              "w3a3", "2%", "bops=w4a4,size=20%" (see Budget)
     method              a search method
-    w_bits, a_bits      candidates of every layer but the first and the last; () for the method's own (`Method.bits`)
+    w_bits, a_bits      candidates of every layer but the first and the last; () for the method's own (`Method.default_bits`)
     pairs               joint candidates (w, a) instead
     granularity         choice of weight bits per "layer" or per "filter"; "" for the method's own
     edge_bits           weight and input bits of the first and the last layer, which are not searched
@@ -72,7 +72,7 @@ class RunOptions:
         self._one_of("method", tuple(METHODS))
         self._one_of("convention", tuple(CONVENTIONS))
         for name in ("w_bits", "a_bits"):
-            object.__setattr__(self, name, getattr(self, name) or METHODS[self.method].bits)
+            object.__setattr__(self, name, getattr(self, name) or METHODS[self.method].default_bits)
         if self.loop not in ("steps", "epochs"):
             raise OptionError(f"loop: expected steps or epochs, got {self.loop!r}")
         if self.loop == "epochs" and self.method != "zur":

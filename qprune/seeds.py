@@ -36,8 +36,11 @@ def student_interval(values: Sequence[float], level: float = 0.95) -> float | No
     return float(stats.t.ppf((1 + level) / 2, n - 1)) * deviation / math.sqrt(n)
 
 
-def summarise(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Means and 95 % intervals over seeds of the three networks, the search's time in float epochs, and the verdict in one sentence."""
+def summarise(runs: Sequence[dict[str, Any]], measure: str = "bops") -> dict[str, Any]:
+    """Means and 95 % intervals over seeds of the three networks, the search's time in float epochs, and the verdict in one sentence.
+
+    measure  what the budget limits: "bops", "macs" or "size_bits"
+    """
     summary: dict[str, Any] = {}
     for kind in KINDS:
         networks = [run["networks"][kind] for run in runs]
@@ -53,15 +56,16 @@ def summarise(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     differences = [run["networks"]["searched"]["accuracy"] - run["networks"]["uniform"]["accuracy"] for run in runs]
     summary["difference_mean"] = sum(differences) / len(differences)
     summary["difference_ci95"] = student_interval(differences)
-    summary["verdict"] = verdict(summary, len(runs))
+    summary["verdict"] = verdict(summary, len(runs), measure)
     return summary
 
 
-def verdict(summary: dict[str, Any], seeds: int) -> str:
+def verdict(summary: dict[str, Any], seeds: int, measure: str = "bops") -> str:
     """What the comparison shows, in one plain sentence."""
     mean, interval = summary["difference_mean"], summary["difference_ci95"]
-    cheaper = 1 - summary["searched"]["bops"] / summary["uniform"]["bops"]
-    cost = f"at {cheaper:.1%} fewer bit operations" if cheaper > 5e-4 else "at the same bit operations"
+    cheaper = 1 - summary["searched"][measure] / summary["uniform"][measure]
+    what = {"bops": "bit operations", "macs": "multiplications", "size_bits": "bits of weights"}[measure]
+    cost = f"at the same {what}" if abs(cheaper) <= 5e-4 else f"at {abs(cheaper):.1%} {'fewer' if cheaper > 0 else 'more'} {what}"
     over = "on one seed" if seeds == 1 else f"on average over {seeds} seeds"
     name = summary["uniform"]["label"]
     if mean < 0:
@@ -117,7 +121,7 @@ def run(options: RunOptions, folder: Path, watcher: Watcher, overwrite: bool = F
             {"name": g.name, "kind": g.kind, "filters": g.filters, "macs": g.macs, "weights": g.weights} for g in geometry.layers.values()
         ],
         "runs": runs,
-        "summary": summarise(runs),
+        "summary": summarise(runs, "bops" if "bops" in limits else next(iter(limits))),
     }
     write_atomically(folder / "result.json", json.dumps(result, indent=1).encode())
     write_report(folder)

@@ -18,6 +18,7 @@ from qprune.nn.mixing import Mixing
 from qprune.policy import Policy
 from qprune.prepare import fixed_layers
 from qprune.record import Record, attach, record_of, unwrap
+from qprune.search.annc import Annc
 from qprune.search.constraint import Constraint
 from qprune.search.darts import Darts
 from qprune.search.edmips import EdMIPS
@@ -28,7 +29,14 @@ from qprune.search.sbs import Sbs
 from qprune.search.slimmable import Slimmable
 from qprune.search.zur import Zur
 
-METHODS: dict[str, type[Method]] = {"edmips": EdMIPS, "darts": Darts, "zur": Zur, "slimmable": Slimmable, "sbs": Sbs}
+METHODS: dict[str, type[Method]] = {
+    "edmips": EdMIPS,
+    "darts": Darts,
+    "zur": Zur,
+    "slimmable": Slimmable,
+    "sbs": Sbs,
+    "annc": Annc,
+}
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -42,7 +50,7 @@ class Search:
 
     model           from `prepare`, or built of mixed layers; changed in place. Wrapped in DistributedDataParallel or torch.compile is fine
     budget          what the policy may cost; steers the search and is kept exactly by `policy`
-    method          "edmips", "darts", "zur", "slimmable" or "sbs"
+    method          "edmips", "darts", "zur", "slimmable", "sbs" or "annc"
     steps           number of steps planned: weights and quantizers then cool down along a half cosine. None: constant learning rates
     weight_lr, arch_lr, quantizer_lr, weight_decay, momentum    SGD for weights, Adam for gates and for ranges
     final_temperature  with `steps`: the gates' softmax temperature falls from 1 to this, so that the mixture approaches one candidate

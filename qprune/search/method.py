@@ -68,7 +68,7 @@ class Method:
     name: ClassVar[str]
     two_streams: ClassVar[bool] = False
     """True if gates learn on other data than weights: `step` then takes a second closure, `fit` a second loader."""
-    bits: ClassVar[tuple[int, ...]] = (2, 3, 4, 6)
+    default_bits: ClassVar[tuple[int, ...]] = (2, 3, 4, 6)
     """Candidates where a run names none."""
     network_options: ClassVar[tuple[str, ...]] = ()
     """Of what makes a network searchable for this method, where that is not `prepare`."""

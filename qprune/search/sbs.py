@@ -62,7 +62,7 @@ class Sbs(Method):
     """
 
     name = "sbs"
-    bits = (2, 4, 8)
+    default_bits = (2, 4, 8)
 
     def __init__(
         self,
