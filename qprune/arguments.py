@@ -10,9 +10,9 @@ import yaml
 
 
 def bits(text: str) -> tuple[int, ...]:
-    """ "2,4,8" → (2, 4, 8)."""
+    """ "2,4,8" → (2, 4, 8); "" → ()."""
     try:
-        return tuple(int(b) for b in text.split(","))
+        return tuple(int(b) for b in text.split(",")) if text else ()
     except ValueError:
         raise typer.BadParameter(f"expected bits like 2,4,8, got {text!r}") from None
 
@@ -56,4 +56,20 @@ def settings(words: Sequence[str]) -> dict[str, Any]:
             equals = ""
         if not equals or not name.strip():
             raise typer.BadParameter(f"expected name=value, got {word!r}")
+    return found
+
+
+def words(text: str) -> tuple[str, ...]:
+    """ "w3a3,w2a2" → ("w3a3", "w2a2"); with a semicolon anywhere, semicolons separate and commas belong to the words."""
+    return tuple(word.strip() for word in text.split(";" if ";" in text else ",") if word.strip())
+
+
+def method_settings(given: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """["zur.samples=4"] → {"zur": {"samples": 4}}; values as in `settings`."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, value in settings(given).items():
+        method, dot, option = name.partition(".")
+        if not dot or not option:
+            raise typer.BadParameter(f"expected method.name=value, got {name}={value}")
+        found.setdefault(method.replace("_", "-"), {})[option] = value
     return found

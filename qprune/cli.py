@@ -1,4 +1,4 @@
-"""The command line: qprune search, study, train, cost, report, bench."""
+"""The command line: qprune search, compare, study, train, cost, report, bench."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def search(
     data: Data = "digits",
     model: Model = "resnet8",
     budget: Annotated[str, typer.Option(help='"w3a3" (a uniform network), "2%" (of float), or bops=…,size=…,macs=….')] = "w3a3",
-    method: Annotated[str, typer.Option(help="edmips, darts, zur or slimmable.")] = "edmips",
+    method: Annotated[str, typer.Option(help="edmips, darts, zur, slimmable, sbs or annc.")] = "edmips",
     out: Out = Path("runs/search"),
     seeds: Annotated[int, typer.Option(help="Repetitions; the table then shows means and 95 % intervals.")] = 1,
     seed: Annotated[int, typer.Option(help="First seed.")] = 0,
-    w_bits: Annotated[str, typer.Option(help="Candidate weight bits; 0 = pruned, 32 = float.")] = "2,3,4,6",
-    a_bits: Annotated[str, typer.Option(help="Candidate activation bits.")] = "2,3,4,6",
+    w_bits: Annotated[str, typer.Option(help="Candidate weight bits; 0 = pruned, 32 = float. Default: 2,3,4,6 (sbs: 2,4,8).")] = "",
+    a_bits: Annotated[str, typer.Option(help="Candidate activation bits.")] = "",
     pairs: Annotated[str, typer.Option(help="Joint candidates instead, weight/activation bits: 2/2,2/4,8/8.")] = "",
     granularity: Annotated[str, typer.Option(help="Weight bits per layer or per filter. Default: filter for zur, else layer.")] = "",
     quantizer: Annotated[str, typer.Option(help="Of zur: nice or uniq.")] = "",
@@ -75,6 +75,54 @@ def search(
         result = repeated.run(options, out, bars, overwrite)
     console.print(result_table(result))
     console.print(result["summary"]["verdict"])
+    console.print(f"Report: {out / 'report.html'}")
+
+
+@app.command()
+def compare(
+    data: Data = "digits",
+    model: Model = "resnet8",
+    budgets: Annotated[str, typer.Option(help='"w3a3,w2a2"; budgets with commas are separated by semicolons.')] = "w3a3,w2a2",
+    methods: Annotated[
+        str, typer.Option(help="Search methods, and uniform, uniform-above, prune-then-quantize, uniform-zur, uniform-sbs.")
+    ] = "edmips,darts,zur,uniform,prune-then-quantize",
+    seeds: Annotated[int, typer.Option(help="Runs of every method at every budget.")] = 5,
+    seed: Annotated[int, typer.Option(help="First seed.")] = 0,
+    w_bits: Annotated[str, typer.Option(help="Candidate weight bits, 0 = pruned. Default: each method's own.")] = "",
+    a_bits: Annotated[str, typer.Option(help="Candidate activation bits.")] = "",
+    setting: Annotated[list[str] | None, typer.Option("--set", help="An option of one method, zur.samples=4; may be repeated.")] = None,
+    edge_bits: Annotated[int, typer.Option(help="Bits of the first and the last layer.")] = 8,
+    float_epochs: Annotated[int, typer.Option(help="Epochs of float training, once per seed.")] = 40,
+    search_epochs: Annotated[int, typer.Option(help="Epochs of search.")] = 20,
+    finetune_epochs: Annotated[int, typer.Option(help="Epochs of fine-tuning; baselines train for both in total.")] = 30,
+    batch_size: Annotated[int, typer.Option(help="Samples per step.")] = 64,
+    lr: Annotated[float, typer.Option(help="Learning rate of float training.")] = 0.1,
+    search_lr: Annotated[float, typer.Option(help="Learning rate of weights in the search.")] = 0.02,
+    finetune_lr: Annotated[float, typer.Option(help="Learning rate of fine-tuning.")] = 0.03,
+    arch_lr: Annotated[float, typer.Option(help="Learning rate of the gates.")] = 0.02,
+    convention: Annotated[str, typer.Option(help="How bit operations are counted: product, zur or uniq.")] = "product",
+    out: Out = Path("runs/compare"),
+    workers: Annotated[int, typer.Option(help="Processes of one thread; 0 = only report on what is done.")] = 1,
+) -> None:
+    """Run methods and baselines on the same data, network, budgets and seeds; write one table and one figure. The same command goes on
+    with a comparison that was interrupted."""
+    from qprune.compare.options import CompareOptions
+    from qprune.compare.run import run
+    from qprune.study.progress import StudyBar
+
+    options = CompareOptions(
+        data=data, model=model, budgets=arguments.words(budgets), methods=arguments.words(methods), seeds=seeds, seed=seed,
+        w_bits=arguments.bits(w_bits), a_bits=arguments.bits(a_bits), settings=arguments.method_settings(setting or ()),
+        edge_bits=edge_bits, float_epochs=float_epochs, search_epochs=search_epochs, finetune_epochs=finetune_epochs,
+        batch_size=batch_size, lr=lr, search_lr=search_lr, finetune_lr=finetune_lr, arch_lr=arch_lr, convention=convention,
+    )  # fmt: skip
+    with StudyBar(console, "cells") as bar:
+        result = run(options, out, workers, bar.watch)
+    console.print((out / "table.md").read_text(), highlight=False, markup=False)
+    for sentence in result["sentences"]:
+        console.print(sentence)
+    if result["errors"]:
+        console.print(f"{len(result['errors'])} cells failed; the report says why, and the same command tries them again.")
     console.print(f"Report: {out / 'report.html'}")
 
 

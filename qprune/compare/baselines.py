@@ -22,39 +22,39 @@ _WIDEST_GAP = 1
 _EXACT = 1e-12
 
 
-def ratio(geometry: Geometry, fixed: Fixed, w: int, a: int, limits: Mapping[str, float], convention: str) -> float:
-    """What the uniform network costs over the limit, in the measure in which that is most."""
+def ratios(geometry: Geometry, fixed: Fixed, w: int, a: int, limits: Mapping[str, float], convention: str) -> list[float]:
+    """What the uniform network costs over the limits, in every measure."""
     cost = evaluate(geometry, policy_choices(geometry, Policy.uniform(geometry, w, a, fixed)), CONVENTIONS[convention])
-    return max(float(getattr(cost, name)) / limit for name, limit in limits.items())
+    return [float(getattr(cost, name)) / limit for name, limit in limits.items()]
 
 
 def uniform_bits(
     geometry: Geometry, fixed: Fixed, limits: Mapping[str, float], convention: str = "product", above: bool = False
 ) -> tuple[int, int]:
-    """The bits (w, a) of the costliest uniform network within the limits, or with `above` of the cheapest one that costs at least one of
-    them. w and a differ by 1 at most: among all pairs, budgets would often pick one like 7 and 1, which nobody would use. Of equally
-    costly ones, the one whose bits are closest, then the one with more activation bits.
+    """The bits (w, a) of the costliest uniform network within the limits, or with `above` of the cheapest one that reaches one of them.
+
+    w and a differ by 1 at most: among all pairs, budgets would often pick one like 7 and 1, which nobody would use. Costs are compared in
+    the measure that is nearest to its limit, then in all together; of equally costly pairs the closer one counts, then the one with more
+    activation bits.
 
     Raises InfeasibleBudgetError if 1 and 1 cost too much. With `above`, 8 and 8 if all cost less.
     """
-    ratios = {
-        (w, a): ratio(geometry, fixed, w, a, limits, convention)
-        for w, a in itertools.product(BASELINE_BITS, BASELINE_BITS)
-        if abs(w - a) <= _WIDEST_GAP
-    }
+    pairs = [(w, a) for w, a in itertools.product(BASELINE_BITS, BASELINE_BITS) if abs(w - a) <= _WIDEST_GAP]
+    found = {pair: ratios(geometry, fixed, *pair, limits, convention) for pair in pairs}
+    costs = {pair: (max(listed), sum(listed)) for pair, listed in found.items()}
     if above:
-        found = [bits for bits, r in ratios.items() if r >= 1 - _EXACT]
-        return min(found, key=lambda bits: (ratios[bits], abs(bits[0] - bits[1]), -bits[1]), default=max(ratios))
-    found = [bits for bits, r in ratios.items() if r <= 1 + _EXACT]
-    if not found:
-        name, limit = next(iter(limits.items()))
-        cheapest = min(ratios.values()) * limit
+        reaching = [pair for pair in pairs if costs[pair][0] >= 1 - _EXACT]
+        return min(reaching, key=lambda pair: (*costs[pair], abs(pair[0] - pair[1]), -pair[1]), default=pairs[-1])
+    within = [pair for pair in pairs if costs[pair][0] <= 1 + _EXACT]
+    if not within:
+        over, name = max(zip(found[pairs[0]], limits))
+        cheapest = over * limits[name]
         raise InfeasibleBudgetError(
-            f"no uniform network is within the budget: w1a1 costs {cheapest:.6g} where {name} is limited to {limit:.6g}; raise the budget",
+            f"no uniform network is within the budget: w1a1 has {name} {cheapest:.6g}, the limit is {limits[name]:.6g}; raise the budget",
             cheapest,
-            limit,
+            limits[name],
         )
-    return max(found, key=lambda bits: (ratios[bits], -abs(bits[0] - bits[1]), bits[1]))
+    return max(within, key=lambda pair: (*costs[pair], -abs(pair[0] - pair[1]), pair[1]))
 
 
 class Pruning:
@@ -102,4 +102,4 @@ class Pruning:
     def _ratio(self, model: nn.Module, kept: float, w: int, a: int, limits: Mapping[str, float]) -> float:
         outline = self.recipe.outline(extract(model, homogeneous(model, kept)))
         assert outline.geometry is not None
-        return ratio(outline.geometry, outline.fixed, w, a, limits, self.convention)
+        return max(ratios(outline.geometry, outline.fixed, w, a, limits, self.convention))
