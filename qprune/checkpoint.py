@@ -65,8 +65,9 @@ def load(path: str | Path, build: Callable[[], nn.Module]) -> nn.Module:
     """
     try:
         with Path(path).open("rb") as raw:
-            start = raw.read(2)
-        if start[:2] == b"PK" or start[:1] == b"\x80":
+            start = raw.read(9)
+        # a safetensors file begins with the length of its header, 8 bytes of any value
+        if start[8:] != b"{" and (start[:2] == b"PK" or start[:1] == b"\x80"):
             raise CheckpointError(f"cannot read {path}: it is a pickle (torch.save), which qprune never opens; write it with qprune.save")
         with safe_open(str(path), framework="pt") as file:
             header = file.metadata() or {}

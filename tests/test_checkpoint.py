@@ -165,6 +165,17 @@ def test_files_that_are_something_else(content: bytes, problem: str, tmp_path: P
         load(path, build)
 
 
+@pytest.mark.parametrize("low", [b"\x80", b"PK"], ids=["protocol", "zip"])
+def test_a_file_that_begins_like_a_pickle(low: bytes, saved: bytes, tmp_path: Path) -> None:
+    """A safetensors file begins with the length of its header, which may be any multiple of 8."""
+    length = int.from_bytes(saved[:8], "little")
+    longer = next(n for n in range(length, length + 2**17) if n.to_bytes(8, "little").startswith(low))
+    path = tmp_path / "net"
+    path.write_bytes(longer.to_bytes(8, "little") + saved[8 : 8 + length].ljust(longer) + saved[8 + length :])
+    (tmp_path / "plain").write_bytes(saved)
+    torch.testing.assert_close(load(path, build).state_dict(), load(tmp_path / "plain", build).state_dict(), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("keep", [4, 100, -1000, -1])
 def test_truncated(keep: int, saved: bytes, tmp_path: Path) -> None:
     path = tmp_path / "net"
