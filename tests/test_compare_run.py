@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,11 +22,16 @@ from qprune.tasks import models
 from qprune.tasks.train import evaluate
 from tests.test_cli import qprune
 
-ROOT = Path(__file__).resolve().parent.parent
 TINY = CompareOptions(
-    methods=("edmips", "uniform", "prune-then-quantize"), seeds=1, float_epochs=1, search_epochs=1, finetune_epochs=1, batch_size=256
+    model="lenet5",
+    methods=("edmips", "uniform", "prune-then-quantize"),
+    seeds=1,
+    float_epochs=1,
+    search_epochs=1,
+    finetune_epochs=1,
+    batch_size=256,
 )
-WORDS = ["compare", "--methods", ",".join(TINY.methods), "--budgets", "w3a3", "--seeds", "1", "--batch-size", "256"]
+WORDS = ["compare", "--model", "lenet5", "--methods", ",".join(TINY.methods), "--budgets", "w3a3", "--seeds", "1", "--batch-size", "256"]
 WORDS += ["--float-epochs", "1", "--search-epochs", "1", "--finetune-epochs", "1"]
 
 
@@ -58,8 +60,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     half = comparison.place("w3a3", "uniform", 0)
     half.mkdir(parents=True)
     (half / "metrics.jsonl").write_text('{"phase": "finetune"}\n')
-    command, environment = [sys.executable, "-W", "error", "-m", "qprune", *WORDS, "--out", str(folder)], {**os.environ, "COLUMNS": "99"}
-    went_on = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, check=False, env=environment)
+    went_on = qprune(*WORDS, "--out", str(folder))
     assert went_on.returncode == 0, went_on.stderr
     assert "3/3 finished" in went_on.stdout and "| Budget | Method " in went_on.stdout and "one seed says nothing" in went_on.stdout
     assert len((half / "metrics.jsonl").read_text().splitlines()) == 2
@@ -86,7 +87,7 @@ def test_the_folder(finished: Path) -> None:
     with (finished / "table.csv").open() as file:
         assert [row["method"] for row in csv.DictReader(file)] == ["float", *TINY.methods]
     assert (finished / "table.md").read_text().count("\n") == 6
-    assert "Comparison: resnet8 on digits" in (finished / "report.html").read_text()
+    assert "Comparison: lenet5 on digits" in (finished / "report.html").read_text()
 
 
 def test_budget_and_epochs(finished: Path) -> None:
@@ -100,7 +101,7 @@ def test_budget_and_epochs(finished: Path) -> None:
         lines = (comparison.place("w3a3", method, 0) / "metrics.jsonl").read_text().splitlines()
         assert len(lines) == phases
     place = comparison.place("w3a3", "uniform", 0)
-    net = package.load(place / "model.safetensors", lambda: models.for_task("resnet8", comparison.task))
+    net = package.load(place / "model.safetensors", lambda: models.for_task("lenet5", comparison.task))
     assert evaluate(net, comparison.task.loader("test", 256))[1] == cells["uniform"]["test_accuracy"]
 
 
@@ -165,9 +166,8 @@ def test_a_method_that_cannot_be_is_refused_before_anything_is_trained(tmp_path:
 
 
 def test_every_method_runs(finished: Path, tmp_path: Path) -> None:
-    others = tuple(name for name in methods() if name not in TINY.methods)
-    settings = {"zur": {"samples": 2}} if "zur" in others else {}
-    comparison = Comparison(replace(TINY, methods=others, settings=settings), tmp_path)
+    others = tuple(name for name in methods() if name not in TINY.methods and "zur" not in name)
+    comparison = Comparison(replace(TINY, methods=others), tmp_path)
     for name in ("float-0.safetensors", "float-0.json"):
         (tmp_path / name).write_bytes((finished / name).read_bytes())
     comparison.check()
@@ -176,6 +176,20 @@ def test_every_method_runs(finished: Path, tmp_path: Path) -> None:
         value, result = comparison.run(index, 0)
         assert result["method"] == method and value == result["val_accuracy"] and 0 < result["test_accuracy"] < 1
         if method == "annc":
-            assert 0.9 * target.size < result["size_bits"] <= target.size and result["a_bits"] < 4
+            layers = json.loads((comparison.place("w3a3", "annc", 0) / "policy.json").read_text())["layers"]
+            assert 0.9 * target.size < result["size_bits"] <= target.size
+            assert [layer["a_bits"] for layer in layers.values()] == [8, 3, 3, 3]
         else:
             assert result["bops"] <= target.limits["bops"] * (1 + 1e-9)
+
+
+def test_a_budget_means_the_same_for_all(tmp_path: Path) -> None:
+    """Method zur leaves linear layers float: "w3a3" of its own network would be more."""
+    with pytest.raises(InfeasibleBudgetError, match=r"zur at w3a3: no policy meets the budget"):
+        Comparison(replace(TINY, methods=("zur",)), tmp_path).check()
+    comparison = Comparison(replace(TINY, model="resnet8", methods=("zur", "uniform-zur", "annc")), tmp_path)
+    comparison.check()
+    target = comparison.targets["w3a3"]
+    assert comparison.run_options("zur", "w3a3").budget == f"bops={target.limits['bops']!r}"
+    annc = comparison.run_options("annc", "w3a3")
+    assert annc.budget == f"size={target.size!r}" and annc.method_options == {"a_bits": 3}

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qprune.budget import Budget
+from qprune.budget import MEASURES, Budget
 from qprune.checkpoint import save
 from qprune.compare.baselines import Pruning, uniform_bits
 from qprune.compare.options import CompareOptions
@@ -94,13 +94,16 @@ class Comparison:
                 raise
 
     def run_options(self, method: str, budget: str) -> RunOptions:
-        """For a search method. One whose budget can only be a size gets that of the uniform network, whose activation bits its inputs then
-        have too, if the budget names none."""
+        """For a search method, with the limits in numbers: a budget like "w3a3" must not mean more where a method leaves layers float. A
+        method whose budget can only be a size gets that of the uniform network, whose activation bits its inputs then have too, if the
+        budget names none."""
         target = self.targets[budget]
-        if method != "annc":
-            return self.options.run_options(method, budget)
-        size = target.limits.get("size_bits", target.size)
-        return replace(self.options.run_options(method, budget, a_bits=target.bits[1]), budget=f"size={size:.0f}")
+        if method == "annc":
+            size = target.limits.get("size_bits", target.size)
+            return replace(self.options.run_options(method, budget, a_bits=target.bits[1]), budget=f"size={size!r}")
+        names = {attribute: name for name, attribute in MEASURES.items()}
+        limits = ",".join(f"{names[attribute]}={limit!r}" for attribute, limit in target.limits.items())
+        return replace(self.options.run_options(method, budget), budget=limits)
 
     def run(self, index: int, seed: int) -> tuple[float, dict[str, Any]]:
         """Fill a cell, unless its folder holds a result. Returns (validation accuracy, result)."""
@@ -153,8 +156,8 @@ class Comparison:
         recipe = self._baseline(method, budget)
         outline = recipe.outline(net)
         assert outline.geometry is not None
-        limits = Budget.parse(budget).limits(outline.geometry, outline.fixed, options.convention)
-        w, a = uniform_bits(outline.geometry, outline.fixed, limits, options.convention, above=method == "uniform-above")
+        limits, above = self.targets[budget].limits, method == "uniform-above"
+        w, a = uniform_bits(outline.geometry, outline.fixed, limits, options.convention, above)
         final = recipe.at_bits(net, w, a, experiment.batches())
         experiment.train("finetune", final, options.search_epochs + options.finetune_epochs, options.finetune_lr)
         return f"w{w}a{a}", final
