@@ -260,8 +260,8 @@ def test_above_the_budget() -> None:
 def test_sentences() -> None:
     found = rows()
     assert sentence(found, "w3a3") == (
-        "At w3a3, against uniform: significantly better: edmips (+2.00 ± 0.25 points); 1 of 2 differs by no more than chance "
-        "(paired by seed, 5 %, Holm)."
+        "At w3a3, against the uniform network (uniform): significantly better: edmips (+2.00 ± 0.25 points); no significant difference for "
+        "1 of 2 methods (paired by seed, 5 %, Holm)."
     )
     single = rows_of([c for c in CELLS if c["seed"] == 0], FLOATS, ORDER, {"w3a3": {"bops": 10e6}})
     assert "edmips differs most in its favour, by +2.00 points; one seed says nothing" in sentence(single, "w3a3")

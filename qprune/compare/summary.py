@@ -108,14 +108,14 @@ def sentence(rows: Sequence[Mapping[str, Any]], budget: str) -> str:
         difference = row["difference"]
         if difference["p_holm"] is not None and difference["p_holm"] < 0.05:
             judged["better" if difference["mean"] > 0 else "worse"].append(f"{row['method']} ({points(difference)} points)")
-    against = f"At {budget}, against {reference['label'] or 'uniform'}"
+    against = f"At {budget}, against the uniform network" + (f" ({reference['label']})" if reference["label"] else "")
     if not any(row["difference"]["runs"] > 1 for row in searched):
         best = max(searched, key=lambda row: float(row["difference"]["mean"]))
         change = f"{100 * best['difference']['mean']:+.2f} points"
         return f"{against}: {best['method']} differs most in its favour, by {change}; one seed says nothing about significance."
     parts = [f"significantly {word}: {', '.join(names)}" for word, names in judged.items() if names]
     others = len(searched) - sum(map(len, judged.values()))
-    tail = f"{others} of {len(searched)} {'differ' if others > 1 else 'differs'} by no more than chance" if others else ""
+    tail = f"no significant difference for {others} of {len(searched)} methods" if others else ""
     return f"{against}: {'; '.join(filter(None, (*parts, tail)))} (paired by seed, 5 %, Holm)."
 
 
