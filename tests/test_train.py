@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qprune.kernels import QPruneError
-from qprune.quantizers import Quantizer
+from qprune.quantizers.base import RangeQuantizer
 from qprune.tasks import data, models, train
 
 
@@ -106,7 +106,7 @@ def test_rate_rises_then_falls() -> None:
     assert train.rate(0, 100, 0.0) == 1.0
 
 
-class Scale(Quantizer):
+class Scale(RangeQuantizer):
     """A quantizer's parameters, as a factor and a summand."""
 
     def __init__(self) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from qprune.errors import StudyError
 
 _WAIT_FOR_LOCK = 60.0  # seconds
+_DRIVERS = {"postgresql://": "postgresql+psycopg2://"}  # the one of qprune[postgres]; SQLAlchemy's default differs between its versions
 _ATTEMPTS = 3
 
 
@@ -38,6 +39,8 @@ def open_database(storage: str, heartbeat: int, grace: int, given_up: Callable[[
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     from sqlalchemy.exc import DBAPIError
 
+    for plain, chosen in _DRIVERS.items():
+        storage = storage.replace(plain, chosen, 1) if storage.startswith(plain) else storage
     local = storage.startswith("sqlite")
     engine: dict[str, Any] = {"connect_args": {"timeout": _WAIT_FOR_LOCK}} if local else {"pool_pre_ping": True}
     options = {"heartbeat_interval": heartbeat, "grace_period": grace, "heartbeat_stale_trial_callback": given_up}
