@@ -264,7 +264,7 @@ def test_sentences() -> None:
         "1 of 2 methods (paired by seed, 5 %, Holm)."
     )
     single = rows_of([c for c in CELLS if c["seed"] == 0], FLOATS, ORDER, {"w3a3": {"bops": 10e6}})
-    assert "edmips differs most in its favour, by +2.00 points; one seed says nothing" in sentence(single, "w3a3")
+    assert "the best search is edmips with +2.00 points; one seed says nothing" in sentence(single, "w3a3")
     assert sentence(found, "w2a2") == "At w2a2 there is nothing to compare yet."
 
 

@@ -32,6 +32,7 @@ from qprune.recipes import BitRecipe
 from qprune.search.driver import METHODS
 from qprune.study.floats import trained_once
 from qprune.tasks import data, models
+from qprune.tasks.train import fit
 
 _STREAM = 1_000_003  # batches after the float network's training: the same for all cells of a seed
 RESULT = "result.json"
@@ -92,6 +93,15 @@ class Comparison:
             except QPruneError as error:
                 error.args = (f"{method} at {budget}: {error}", *error.args[1:])
                 raise
+
+    def warm_up(self) -> None:
+        """Train for a step, so that what a process does only once (imports, loading kernels) is not measured with its first cell."""
+        with torch.random.fork_rng():
+            net = self._network()
+            batch = (self.task.train.x[: self.options.batch_size], self.task.train.y[: self.options.batch_size])
+            quantized = self._baseline("uniform", self.options.budgets[0]).at_bits(net, 3, 3, [batch[0]])
+            for model in (net, quantized):
+                fit(model, [batch], 1)
 
     def run_options(self, method: str, budget: str) -> RunOptions:
         """For a search method, with the limits in numbers: a budget like "w3a3" must not mean more where a method leaves layers float. A

@@ -41,7 +41,9 @@ class CompareJob:
         return Queue(storage, "compare", points, self.options.as_dict(), growing=GROWING)
 
     def start(self) -> tuple[Queue, Run]:
-        return self.queue(), Comparison(self.options, self.folder).run
+        comparison = Comparison(self.options, self.folder)
+        comparison.warm_up()
+        return self.queue(), comparison.run
 
 
 def run(options: CompareOptions, folder: Path, workers: int = 1, watch: Callable[[Progress], None] | None = None) -> dict[str, Any]:

@@ -112,7 +112,7 @@ def sentence(rows: Sequence[Mapping[str, Any]], budget: str) -> str:
     if not any(row["difference"]["runs"] > 1 for row in searched):
         best = max(searched, key=lambda row: float(row["difference"]["mean"]))
         change = f"{100 * best['difference']['mean']:+.2f} points"
-        return f"{against}: {best['method']} differs most in its favour, by {change}; one seed says nothing about significance."
+        return f"{against}: the best search is {best['method']} with {change}; one seed says nothing about significance."
     parts = [f"significantly {word}: {', '.join(names)}" for word, names in judged.items() if names]
     others = len(searched) - sum(map(len, judged.values()))
     tail = f"no significant difference for {others} of {len(searched)} methods" if others else ""
