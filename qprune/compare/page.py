@@ -14,6 +14,8 @@ _CAPTION = (
     "Means over seeds with 95 % Student-t intervals. Circles: search methods; diamonds: baselines. Dashed: the uniform network within the "
     "budget; dotted: float."
 )
+_ACCURACY = ("Method", "Budget", "Network", "Test accuracy", "Against uniform", "p (Holm)", "Seeds")
+_COST = ("Method", "Budget", "BOPs", "Of budget", "Weights", "+ index", "+ codebooks", "Time", "Peak memory")
 
 
 def compare_page(result: Mapping[str, Any]) -> str:
@@ -22,7 +24,7 @@ def compare_page(result: Mapping[str, Any]) -> str:
 
     options, cells = result["options"], result["cells"]
     title = escape(f"Comparison: {options['model']} on {options['data']}")
-    facts = f"{len(options['methods'])} methods and baselines · {len(options['budgets'])} budgets · {options['seeds']} seeds"
+    facts = f"{options['seeds']} seeds · budgets {', '.join(options['budgets'])} · {cells['done']} of {cells['total']} cells finished"
     missing = cells["total"] - cells["done"]
     note = f'<p class="note">{missing} of {cells["total"]} cells are missing. The numbers below are of those that are there.</p>'
     verdicts = "".join(f'<p class="verdict">{escape(text)}</p>' for text in result["sentences"])
@@ -30,24 +32,27 @@ def compare_page(result: Mapping[str, Any]) -> str:
         verdicts,
         note if missing else "",
         figure_section("Accuracy", figures.accuracies(result), "f1", _CAPTION),
-        _table(result),
+        _tables(result),
         _failures(result),
         _settings(result),
     )
     return PAGE.format(title=title, css=CSS, line=f"<p>{escape(facts)}</p>", body="\n".join(filter(None, body)))
 
 
-def _table(result: Mapping[str, Any]) -> str:
+def _tables(result: Mapping[str, Any]) -> str:
+    """The table in two, which fit a page: accuracies, and costs."""
     rows = ([result["float"]] if result["float"] else []) + result["rows"]
-    shown = []
-    for row in rows:
-        budget, method, *cells = map(escape, cells_of(row))
-        shown.append(("main" if row.get("baseline") is False else "", [method, budget, *cells]))
-    head = (HEAD[1], HEAD[0], *HEAD[2:])
+    parts = []
+    for columns in (_ACCURACY, _COST):
+        shown = []
+        for row in rows:
+            cells = dict(zip(HEAD, map(escape, cells_of(row))))
+            shown.append(("main" if row.get("baseline") is False else "", [cells[name] for name in columns]))
+        parts.append(html_table(columns, shown))
     over = [f"{row['method']} at {row['budget']}" for row in result["rows"] if not row["within"]]
     caption = f"{EXPLAINED} {memory_text(result)}"
     caption += f" Above the budget: {', '.join(over)}." if over else ""
-    return f'<section><h2>Table</h2>{html_table(head, shown)}<p class="caption">{escape(caption)}</p></section>'
+    return f'<section><h2>Tables</h2>{parts[0]}<p></p>{parts[1]}<p class="caption">{escape(caption)}</p></section>'
 
 
 def memory_text(result: Mapping[str, Any]) -> str:
