@@ -103,7 +103,14 @@ class RunOptions:
             )
         kind = self.quantizer or "nice"
         finely = self.granularity or "filter"
-        return SearchSpace(pairs=self.pairs or alike, granularity=finely, placement="output", weight_quantizer=kind, input_quantizer=kind)
+        return SearchSpace(
+            pairs=self.pairs or alike,
+            granularity=finely,
+            placement="output",
+            weight_quantizer=kind,
+            input_quantizer=kind,
+            **self.of_network(),
+        )
 
     def of_network(self) -> dict[str, Any]:
         """Those of method_options that are about the network's searchable form."""

@@ -76,6 +76,13 @@ def test_zur_same_seed_same_result(zur: tuple[Path, dict[str, Any]], tmp_path: P
     assert first == second
 
 
+def test_zur_with_weights_of_their_own(tmp_path: Path) -> None:
+    chosen = options(method="zur", pairs=((2, 2), (4, 4)), method_options={"samples": 2, "shared_weights": False})
+    assert not chosen.space().shared_weights
+    networks = run(chosen, tmp_path / "run", Silent())["runs"][0]["networks"]
+    assert networks["searched"]["bops"] <= networks["uniform"]["bops"]
+
+
 def test_zur_in_the_papers_loop(tmp_path: Path) -> None:
     watcher = Silent()
     result = run(
@@ -127,6 +134,11 @@ def test_ratio_above_is_the_narrowest() -> None:
         ({"method": "darts", "loop": "epochs"}, OptionError, r"loop: 'epochs' goes with method zur, got darts"),
         ({"method": "zur", "loop": "days"}, OptionError, r"loop: expected steps or epochs, got 'days'"),
         ({"method": "zur", "method_options": {"sample": 3}}, OptionError, r"method zur has no option 'sample'; it has estimator, samples"),
+        (
+            {"method": "zur", "method_options": {"shared_weights": "no"}},
+            qprune.QPruneError,
+            r"shared_weights: expected True or False, got 'no'",
+        ),
         ({"method": "edmips", "method_options": {"x": 3}}, OptionError, r"method edmips has no option 'x'; it has none"),
     ],
 )

@@ -84,6 +84,7 @@ class Zur(Method):
 
     name = "zur"
     two_streams = True
+    network_options = ("shared_weights",)
 
     def __init__(
         self,
