@@ -20,6 +20,7 @@ from setuptools.command.build_py import build_py
 PACKAGES = {
     "qprune": "qprune",
     "qprune.nn": "qprune/nn",
+    "qprune.recipes": "qprune/recipes",
     "qprune.quantizers": "qprune/quantizers",
     "qprune.search": "qprune/search",
     "qprune.export": "qprune/export",

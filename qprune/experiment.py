@@ -21,11 +21,10 @@ from qprune.cost import cost as cost_of
 from qprune.errors import NonFiniteError
 from qprune.files import write_atomically
 from qprune.geometry import Geometry
-from qprune.methods import recipe_for
 from qprune.nn.codebook import CodebookRefresh, codebook_layers
 from qprune.options import RunOptions
 from qprune.policy import Policy
-from qprune.recipes import Recipe
+from qprune.recipes import Recipe, recipe_for
 from qprune.record import record_of
 from qprune.search.alternate import alternate
 from qprune.search.driver import METHODS, Search

@@ -17,7 +17,7 @@ from qprune import Budget, InfeasibleBudgetError, NonFiniteError, Search
 from qprune.errors import BudgetError, InputError
 from qprune.nn.codebook import CodebookConv2d, CodebookLinear, CodebookRefresh, codebook_layers
 from qprune.options import RunOptions
-from qprune.recipes_annc import CodebookRecipe
+from qprune.recipes import CodebookRecipe
 from qprune.search.annc import Annc, continued
 from qprune.search.distill import Distillation
 from qprune.search.driver import METHODS

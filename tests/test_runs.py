@@ -17,7 +17,7 @@ from qprune.errors import BudgetError, InfeasibleBudgetError
 from qprune.nn import QuantActivation
 from qprune.nn.slim import current_widths, extract, flops, slim, widths_of
 from qprune.options import OptionError, RunOptions
-from qprune.recipes import ratio_above
+from qprune.recipes.widths import ratio_above
 from qprune.seeds import run
 from qprune.tasks import data, models
 from qprune.tasks.train import evaluate

@@ -11,7 +11,7 @@ from qprune.errors import PolicyMismatchError
 from qprune.nn import QuantConv2d
 from qprune.options import RunOptions
 from qprune.policy import LayerBits
-from qprune.recipes_sbs import SbsRecipe
+from qprune.recipes import SbsRecipe
 from qprune.search import driver
 from qprune.search.sbs import Sbs
 from qprune.silence import silence

@@ -19,7 +19,7 @@ from qprune.experiment import Experiment
 from qprune.geometry import Geometry, trace_geometry
 from qprune.options import OptionError, RunOptions
 from qprune.policy import LayerBits, Policy
-from qprune.recipes import uniform_above
+from qprune.recipes.bits import uniform_above
 from qprune.seeds import open_folder, run, student_interval, summarise, verdict
 from qprune.tasks import data, models
 

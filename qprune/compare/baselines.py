@@ -15,7 +15,7 @@ from qprune.errors import InfeasibleBudgetError
 from qprune.geometry import Geometry
 from qprune.nn.slim import extract, flops, homogeneous, slim, state_of
 from qprune.policy import LayerBits, Policy
-from qprune.recipes import BASELINE_BITS, BitRecipe
+from qprune.recipes.bits import BASELINE_BITS, BitRecipe
 
 Fixed = Mapping[str, LayerBits | None]
 _WIDEST_GAP = 1

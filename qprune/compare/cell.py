@@ -25,10 +25,9 @@ from qprune.cost import evaluate, policy_choices
 from qprune.errors import CheckpointError, QPruneError
 from qprune.experiment import Experiment, Network
 from qprune.files import write_atomically
-from qprune.methods import recipe_for
 from qprune.options import RunOptions
 from qprune.policy import Policy
-from qprune.recipes import BitRecipe
+from qprune.recipes import BitRecipe, recipe_for
 from qprune.search.driver import METHODS
 from qprune.study.floats import trained_once
 from qprune.tasks import data, models

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qprune.options import RunOptions
 from qprune.policy import Policy
-from qprune.recipes import BitRecipe
+from qprune.recipes.bits import BitRecipe
 from qprune.search.driver import Search
 from qprune.silence import silence
 

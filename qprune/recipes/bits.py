@@ -1,11 +1,10 @@
-"""What a search run does with a network, by kind of method: how it becomes searchable, what comes out, and what that is compared with."""
+"""What a run does with a network where bits are chosen."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
 
 from torch import Tensor, nn
 
@@ -14,32 +13,14 @@ from qprune.conventions import CONVENTIONS
 from qprune.convert import convert
 from qprune.cost import evaluate, geometry_of, policy_choices
 from qprune.geometry import Geometry, weighted_layers
-from qprune.nn.slim import extract, flops, homogeneous, slim, state_of
 from qprune.options import RunOptions
 from qprune.policy import LayerBits, Policy
 from qprune.prepare import Rules, calibrate, prepare
 from qprune.record import Record, record_of
 from qprune.search.driver import METHODS, Search
-from qprune.search.slimmable import Slimmable
 from qprune.space import SearchSpace
 
 BASELINE_BITS = range(1, 9)
-
-
-class Recipe(Protocol):
-    """batches: a few of real inputs, from which ranges are set."""
-
-    def check(self, net: nn.Module) -> None:
-        """Raise InfeasibleBudgetError if nothing that the search could return is within the budget."""
-
-    def prepare(self, net: nn.Module, batches: Sequence[Tensor]) -> nn.Module:
-        """The float network in its searchable form; the network itself is not changed."""
-
-    def finish(self, search: Search, policy: Policy, batches: Sequence[Tensor]) -> nn.Module:
-        """The network with what was chosen, to be fine-tuned."""
-
-    def uniform(self, net: nn.Module, search: Search, batches: Sequence[Tensor]) -> tuple[str, nn.Module]:
-        """(label, network): from the same float network, the cheapest homogeneous one that costs at least the budget."""
 
 
 class BitRecipe:
@@ -83,39 +64,6 @@ class BitRecipe:
         record = record_of(prepare(net, self.space, self.rules(net), self.example))
         assert record is not None
         return record
-
-
-class WidthRecipe:
-    """The method that chooses how many filters every convolution keeps."""
-
-    def __init__(self, options: RunOptions, example: Tensor) -> None:
-        self.options, self.example, self.budget = options, example, Budget.parse(options.budget)
-
-    def check(self, net: nn.Module) -> None:
-        METHODS[self.options.method].check(self._slim(net), self.budget, self.options.convention)
-
-    def prepare(self, net: nn.Module, batches: Sequence[Tensor]) -> nn.Module:
-        return self._slim(net)
-
-    def _slim(self, net: nn.Module) -> nn.Module:
-        return slim(net, self.example, **self.options.of_network())
-
-    def finish(self, search: Search, policy: Policy, batches: Sequence[Tensor]) -> nn.Module:
-        assert isinstance(search.method, Slimmable)
-        return extract(search.model, search.method.widths(), batches)
-
-    def uniform(self, net: nn.Module, search: Search, batches: Sequence[Tensor]) -> tuple[str, nn.Module]:
-        model = self._slim(net)
-        ratio = ratio_above(model, search.limits["macs"])
-        return f"uniform width {ratio:.3g}", extract(model, homogeneous(model, ratio), batches)
-
-
-def ratio_above(model: nn.Module, limit: float) -> float:
-    """The share of filters of the narrowest homogeneous network that costs at least the limit, in multiplications of convolutions; 1 if
-    all cost less. model: from `slim`."""
-    widest = max(layer.filters for layer in state_of(model).structure.layers.values())
-    ratios = [count / widest for count in range(1, widest + 1)]
-    return next((ratio for ratio in ratios if flops(model, homogeneous(model, ratio)) >= limit), 1.0)
 
 
 def uniform_above(
