@@ -23,6 +23,7 @@ from qprune.files import write_atomically
 from qprune.geometry import Geometry
 from qprune.nn.codebook import CodebookRefresh, codebook_layers
 from qprune.options import RunOptions
+from qprune.overhead import overhead
 from qprune.policy import Policy
 from qprune.recipes import Recipe, recipe_for
 from qprune.record import record_of
@@ -57,7 +58,11 @@ class Watcher(Protocol):
 
 @dataclass(frozen=True)
 class Network:
-    """A measured network: accuracies in 0 … 1 (test once, at the end), cost per sample, mean bits of its layers weighted by weights."""
+    """A measured network: accuracies in 0 … 1 (test once, at the end), cost per sample, mean bits of its layers weighted by weights.
+
+    size_bits       of the weights that remain, as budgets count them
+    index_bits      what a file needs to tell where these are, and codebook_bits what their codes mean (see qprune.overhead)
+    """
 
     label: str
     accuracy: float
@@ -67,6 +72,8 @@ class Network:
     size_bits: float
     w_bits: float
     a_bits: float
+    index_bits: int
+    codebook_bits: int
 
 
 class Experiment:
@@ -231,6 +238,7 @@ class Experiment:
             float(cost.macs),
             float(stored_sizes(net).total.values if books else cost.size_bits),
             *_mean_bits(cost, geometry),
+            *overhead(net).values(),
         )
 
 

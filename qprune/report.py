@@ -53,7 +53,25 @@ def _results(result: Result) -> str:
     several = f"Mean over {count} seeds, ± 95 % interval. " if count > 1 else "One seed: no interval can be given. "
     caption = f"{several}BOPs are bit operations per sample; bits are means over weights and over activations."
     caption += f" Budget {escape(str(get(result, 'budget', 'text') or ''))}: {budget}." if budget else ""
-    return f'<section><h2>Results</h2>{html_table(head, rows)}<p class="caption">{caption}</p>{_seeds(result)}</section>'
+    return f'<section><h2>Results</h2>{html_table(head, rows)}<p class="caption">{caption}</p>{_sizes(result)}{_seeds(result)}</section>'
+
+
+def _sizes(result: Result) -> str:
+    """Sizes three ways; nothing for a run that did not measure them."""
+    full, rows = summary(result, "float", "size_bits"), []
+    for network in NETWORKS:
+        parts = [summary(result, network, key) for key in ("size_bits", "index_bits", "codebook_bits")]
+        sums = [None if None in parts[: i + 1] else sum(part or 0.0 for part in parts[: i + 1]) for i in range(3)]
+        cells = [text for value in sums for text in (_bytes(value), "–" if not value or full is None else f"{full / value:.1f} ×")]
+        rows.append(("main" if network == "searched" else "", [_label(result, network), *cells]))
+    if all(summary(result, network, "index_bits") is None for network in NETWORKS):
+        return ""
+    head = ("Network", "Weights", "smaller", "+ index", "smaller", "+ codebooks", "smaller")
+    caption = (
+        "Weights: bits of the weights that remain, as most papers count them. Index: which weights or filters these are, and the widths of "
+        "filters that differ. Codebooks: shared values, or the quantizers' ranges, 32 bits each. Biases and normalisation are not counted."
+    )
+    return f'{html_table(head, rows)}<p class="caption">{caption}</p>'
 
 
 def _seeds(result: Result) -> str:

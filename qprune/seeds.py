@@ -24,6 +24,7 @@ from qprune.tasks import data, models
 
 FORMAT = 1
 KINDS = ("float", "searched", "uniform")
+AVERAGED = ("bops", "macs", "size_bits", "index_bits", "codebook_bits", "w_bits", "a_bits")
 
 
 def student_interval(values: Sequence[float], level: float = 0.95) -> float | None:
@@ -49,7 +50,7 @@ def summarise(runs: Sequence[dict[str, Any]], measure: str = "bops") -> dict[str
             "label": networks[0]["label"],
             "accuracy_mean": sum(accuracies) / len(accuracies),
             "accuracy_ci95": student_interval(accuracies),
-            **{key: sum(network[key] for network in networks) / len(networks) for key in ("bops", "macs", "size_bits", "w_bits", "a_bits")},
+            **{key: sum(network[key] for network in networks) / len(networks) for key in AVERAGED},
         }
     ratios = [run["seconds"]["search"] / run["seconds"]["float_epoch"] for run in runs]
     summary["search_in_float_epochs"] = sorted(ratios)[len(ratios) // 2]

@@ -18,7 +18,7 @@ from qprune.budget import Budget
 from qprune.compare.baselines import Pruning, uniform_bits
 from qprune.compare.options import CompareOptions
 from qprune.compare.page import compare_page
-from qprune.compare.size import overhead
+from qprune.overhead import overhead
 from qprune.compare.summary import float_row, rows_of, sentence
 from qprune.compare.tables import cells_csv, markdown, table_csv
 from qprune.convert import convert

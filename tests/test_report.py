@@ -32,6 +32,8 @@ def _network(label: str, accuracy: float, bops: float, size: float, w: float, a:
         "size_bits": size,
         "w_bits": w,
         "a_bits": a,
+        "index_bits": 0 if w == 32 else 4000,
+        "codebook_bits": 0 if w == 32 else 3200,
     }
 
 
@@ -265,3 +267,18 @@ def test_read_result_returns_what_was_written(tmp_path: Path) -> None:
     result = fake_result()
     (tmp_path / "result.json").write_text(json.dumps(result))
     assert read_result(tmp_path) == result
+
+
+def test_sizes_three_ways(tmp_path: Path) -> None:
+    page = _write(tmp_path, fake_result())
+    table = page[page.index("+ index") :].split("</table>")[0]
+    searched = [re.sub("<[^>]+>", "", cell).replace("\u00a0", " ") for cell in re.findall(r"<td.*?</td>", table.split("</tr>")[2])]
+    # 121,600 bits of values, 125,600 with the index and 128,800 with the ranges, of 1,100,000
+    assert searched == ["15.2 kB", "9.0 ×", "15.7 kB", "8.8 ×", "16.1 kB", "8.5 ×"]
+
+
+def test_a_run_without_sizes_has_no_table_of_them(tmp_path: Path) -> None:
+    result = fake_result()
+    for network in result["runs"][0]["networks"].values():
+        del network["index_bits"], network["codebook_bits"]
+    assert "+ index" not in _write(tmp_path, result)

@@ -19,7 +19,6 @@ from qprune.budget import MEASURES, Budget
 from qprune.checkpoint import save
 from qprune.compare.baselines import Pruning, uniform_bits
 from qprune.compare.options import CompareOptions
-from qprune.compare.size import overhead
 from qprune.conventions import CONVENTIONS
 from qprune.cost import evaluate, policy_choices
 from qprune.errors import CheckpointError, QPruneError
@@ -142,7 +141,7 @@ class Comparison:
             "budget": budget,
             "method": method,
             "seed": seed,
-            **_facts(network, final, experiment),
+            **_facts(network, experiment),
             "float_network": digest,
             "host": platform.node(),
             "pid": os.getpid(),
@@ -195,21 +194,17 @@ class Comparison:
             experiment = Experiment(self.options.run_options("uniform", self.options.budgets[0]), self.task, seed, folder, Silent())
             experiment.train("float", net, self.options.float_epochs, self.options.lr)
             network = experiment.measure("float", net)
-            facts = {
-                "seed": seed,
-                "float_epochs": self.options.float_epochs,
-                **{("test_accuracy" if k == "accuracy" else k): v for k, v in asdict(network).items()},
-            }
-            facts |= {"size": {"values": network.size_bits, **overhead(net)}, "usage": experiment.meter.as_dict()}
+            facts = {"seed": seed, "float_epochs": self.options.float_epochs, **_facts(network, experiment)}
             write_atomically(self.folder / f"float-{seed}.json", json.dumps(facts, indent=1).encode())
             return net
 
         return trained_once(self.folder / f"float-{seed}.safetensors", self._network, train)
 
 
-def _facts(network: Network, net: nn.Module, experiment: Experiment) -> dict[str, Any]:
+def _facts(network: Network, experiment: Experiment) -> dict[str, Any]:
     named = {("test_accuracy" if name == "accuracy" else name): value for name, value in asdict(network).items()}
-    return {**named, "size": {"values": network.size_bits, **overhead(net)}, "usage": experiment.meter.as_dict()}
+    index, books = named.pop("index_bits"), named.pop("codebook_bits")
+    return {**named, "size": {"values": network.size_bits, "index": index, "codebooks": books}, "usage": experiment.meter.as_dict()}
 
 
 def read_cell(folder: Path) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""What a file of a trained network needs besides its weights."""
+"""What a file of a trained network needs besides its weights: where they are, and what their codes mean."""
 
 from __future__ import annotations
 
