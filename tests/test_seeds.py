@@ -54,7 +54,17 @@ def test_student_interval() -> None:
 
 def seed_result(searched: float, uniform: float, search_seconds: float = 8.0) -> dict[str, Any]:
     def network(label: str, accuracy: float, bops: float) -> dict[str, Any]:
-        return {"label": label, "accuracy": accuracy, "bops": bops, "macs": 5.0, "size_bits": 7.0, "w_bits": 3.0, "a_bits": 3.0}
+        return {
+            "label": label,
+            "accuracy": accuracy,
+            "bops": bops,
+            "macs": 5.0,
+            "size_bits": 7.0,
+            "index_bits": 0,
+            "codebook_bits": 0,
+            "w_bits": 3.0,
+            "a_bits": 3.0,
+        }
 
     networks = {
         "float": network("float", 0.99, 1e9),
