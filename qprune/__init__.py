@@ -23,6 +23,7 @@ from qprune.convert import convert
 from qprune.cost import cost
 from qprune.errors import (
     CheckpointError,
+    ExportError,
     InfeasibleBudgetError,
     NonFiniteError,
     PolicyMismatchError,
@@ -42,6 +43,7 @@ from qprune.space import SearchSpace
 __all__ = [
     "Budget",
     "CheckpointError",
+    "ExportError",
     "InfeasibleBudgetError",
     "NonFiniteError",
     "Policy",

@@ -6,6 +6,7 @@ __all__ = [
     "BackendError",
     "BudgetError",
     "CheckpointError",
+    "ExportError",
     "InfeasibleBudgetError",
     "InputError",
     "NonFiniteError",
@@ -48,6 +49,10 @@ class PolicyMismatchError(QPruneError, ValueError):
 
 class CheckpointError(QPruneError, RuntimeError):
     """A file that cannot be written or read back: damaged, of another kind, of a newer format, or for another network."""
+
+
+class ExportError(QPruneError, RuntimeError):
+    """A model that cannot be written in a format: an operator or a layer that it has not, or a package that is missing."""
 
 
 class NonFiniteError(QPruneError, ArithmeticError):
