@@ -41,18 +41,26 @@ def policy_of(model: nn.Module) -> Policy:
     return Policy(layers, geometry)
 
 
-def save(model: nn.Module, path: str | Path) -> None:
-    """Write a converted (or float) model: its tensors, and in the header its policy and quantizers. The write is atomic; raises
-    CheckpointError where the folder cannot be written, and for a model that is still being searched."""
+def structure_of(model: nn.Module) -> dict[str, str]:
+    """What `rebuild` needs besides the function that builds the float network: policy, quantizers and codebooks, as JSON. Raises
+    CheckpointError for a model that is still being searched."""
     inner = unwrap(model)
     mixed = next((name for name, layer in weighted_layers(inner) if isinstance(layer, Mixing)), None)
     if mixed is not None:
         raise CheckpointError(f"save: layer {mixed!r} still has candidates; convert(model, policy) first, or save model.state_dict()")
     quantizers = {name: layer.space.quantizers for name, layer in weighted_layers(inner) if isinstance(layer, Quantizing)}
-    header = {"format": "qprune", "version": str(FORMAT), "policy": policy_of(model).to_json(), "quantizers": json.dumps(quantizers)}
+    header = {"policy": policy_of(model).to_json(), "quantizers": json.dumps(quantizers)}
     codebooks = {name: layer.settings for name, layer in codebook_layers(inner)}
     if codebooks:
         header["codebooks"] = json.dumps(codebooks)
+    return header
+
+
+def save(model: nn.Module, path: str | Path) -> None:
+    """Write a converted (or float) model: its tensors, and in the header its policy and quantizers. The write is atomic; raises
+    CheckpointError where the folder cannot be written, and for a model that is still being searched."""
+    inner = unwrap(model)
+    header = {"format": "qprune", "version": str(FORMAT), **structure_of(model)}
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in inner.state_dict().items()}
     write_atomically(Path(path), to_bytes(tensors, header))
 
@@ -80,6 +88,17 @@ def load(path: str | Path, build: Callable[[], nn.Module]) -> nn.Module:
         raise CheckpointError(f"{path} was not written by qprune")
     if header.get("version") != str(FORMAT):
         raise CheckpointError(f"{path} has format {header.get('version')}; this version of qprune reads format {FORMAT}")
+    model = rebuild(header, build, path)
+    try:
+        model.load_state_dict(tensors, strict=True)
+    except (RuntimeError, TypeError) as error:
+        raise CheckpointError(f"{path} does not fit this network: {' '.join(str(error).split())}") from None
+    return model
+
+
+def rebuild(header: Mapping[str, str], build: Callable[[], nn.Module], path: str | Path) -> nn.Module:
+    """The network of `structure_of`'s header, its tensors still to be filled. Raises CheckpointError, with the path of the file that the
+    header is from, if the header is damaged or does not fit what `build` makes."""
     try:
         policy = Policy.from_json(header["policy"])
         spaces = {name: SearchSpace(**names) for name, names in json.loads(header["quantizers"]).items()}
@@ -87,11 +106,9 @@ def load(path: str | Path, build: Callable[[], nn.Module]) -> nn.Module:
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"cannot read {path}: its header is damaged ({type(error).__name__}: {error})") from None
     try:
-        model = _with_codebooks(convert(build(), policy, spaces), codebooks)
-        model.load_state_dict(tensors, strict=True)
+        return _with_codebooks(convert(build(), policy, spaces), codebooks)
     except (PolicyMismatchError, SpaceError, RuntimeError, TypeError) as error:
         raise CheckpointError(f"{path} does not fit this network: {' '.join(str(error).split())}") from None
-    return model
 
 
 def _with_codebooks(model: nn.Module, codebooks: Mapping[str, Mapping[str, Any]]) -> nn.Module:
