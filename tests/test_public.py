@@ -16,15 +16,8 @@ import qprune
 NAMES = [
     *("SearchSpace", "Policy", "Budget", "prepare", "convert", "cost", "Search", "allocate", "arch_parameters", "weight_parameters"),
     *("channel_groups", "save", "load", "backend", "report", "plot", "nn", "functional", "calibrate", "set_gates", "sample_gates"),
-    *(
-        "QPruneError",
-        "UnsupportedLayerError",
-        "InfeasibleBudgetError",
-        "PolicyMismatchError",
-        "CheckpointError",
-        "ExportError",
-        "NonFiniteError",
-    ),
+    *("QPruneError", "UnsupportedLayerError", "InfeasibleBudgetError", "PolicyMismatchError", "CheckpointError", "NonFiniteError"),
+    "ExportError",
     "__version__",
 ]
 ERRORS = [name for name in NAMES if name.endswith("Error")]
