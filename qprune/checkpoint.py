@@ -71,19 +71,7 @@ def load(path: str | Path, build: Callable[[], nn.Module]) -> nn.Module:
 
     Raises CheckpointError if the file is missing, damaged, not qprune's (a pickle, say), of a newer format, or of another network.
     """
-    try:
-        with Path(path).open("rb") as raw:
-            start = raw.read(9)
-        # a safetensors file begins with the length of its header, 8 bytes of any value
-        if start[8:] != b"{" and (start[:2] == b"PK" or start[:1] == b"\x80"):
-            raise CheckpointError(f"cannot read {path}: it is a pickle (torch.save), which qprune never opens; write it with qprune.save")
-        with safe_open(str(path), framework="pt") as file:
-            header = file.metadata() or {}
-            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
-    except SafetensorError as error:
-        raise CheckpointError(f"cannot read {path}: not a safetensors file, or damaged ({error})".splitlines()[0]) from None
+    header, tensors = read(path)
     if header.get("format") != "qprune":
         raise CheckpointError(f"{path} was not written by qprune")
     if header.get("version") != str(FORMAT):
@@ -94,6 +82,22 @@ def load(path: str | Path, build: Callable[[], nn.Module]) -> nn.Module:
     except (RuntimeError, TypeError) as error:
         raise CheckpointError(f"{path} does not fit this network: {' '.join(str(error).split())}") from None
     return model
+
+
+def read(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a safetensors file. Raises CheckpointError if it is missing, damaged, or a pickle."""
+    try:
+        with Path(path).open("rb") as raw:
+            start = raw.read(9)
+        # a safetensors file begins with the length of its header, 8 bytes of any value
+        if start[8:] != b"{" and (start[:2] == b"PK" or start[:1] == b"\x80"):
+            raise CheckpointError(f"cannot read {path}: it is a pickle (torch.save), which qprune never opens; write it with qprune.save")
+        with safe_open(str(path), framework="pt") as file:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
+    except SafetensorError as error:
+        raise CheckpointError(f"cannot read {path}: not a safetensors file, or damaged ({error})".splitlines()[0]) from None
 
 
 def rebuild(header: Mapping[str, str], build: Callable[[], nn.Module], path: str | Path) -> nn.Module:
