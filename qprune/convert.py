@@ -20,7 +20,13 @@ from qprune.record import Record, attach, record_of, unwrap
 from qprune.space import PRUNED, SearchSpace
 
 
-def convert(model: nn.Module, policy: Policy, space: SearchSpace | Mapping[str, SearchSpace] | None = None) -> nn.Module:
+def convert(
+    model: nn.Module,
+    policy: Policy,
+    space: SearchSpace | Mapping[str, SearchSpace] | None = None,
+    remove: bool = True,
+    round_to: int = 1,
+) -> nn.Module:
     """A copy of the model with the policy's bits: QuantConv2d and QuantLinear for layers it names, plain torch layers for the rest.
 
     model   prepared: ranges that were learned for the chosen bits are kept; or float: ranges start from the weights

@@ -61,11 +61,21 @@ class LayerGeometry:
 class ChannelGroup:
     """Channels that go from the same producers to the same consumers. Channel r of the group is produced by filter producers[layer][r] of
     every producer (several where a residual adds them) and read as input channel i by every pair (i, r) in consumers[layer]: it can be
-    removed there once all those filters are pruned."""
+    removed there once all those filters are pruned.
+
+    carriers   modules that hold an entry per channel on the way (normalisations, nn.PReLU): pairs (entry i, channel r), where the entry gets
+               channel r of all producers and nothing else
+    removable  whether a channel whose producers are all pruned can be taken out of every tensor that it goes through. Where not, it stays
+               there as zeros, and only the layers at its ends become narrower
+    why        the reason, where it cannot
+    """
 
     size: int
     producers: dict[str, tuple[int, ...]]
     consumers: dict[str, tuple[tuple[int, int], ...]]
+    carriers: dict[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
+    removable: bool = False
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -111,6 +121,9 @@ class Geometry:
                 row["size"],
                 {name: tuple(filters) for name, filters in row["producers"].items()},
                 {name: tuple((int(i), int(r)) for i, r in pairs) for name, pairs in row["consumers"].items()},
+                {name: tuple((int(i), int(r)) for i, r in pairs) for name, pairs in row.get("carriers", {}).items()},
+                bool(row.get("removable", False)),
+                str(row.get("why", "")),
             )
             for row in data["groups"]
         )
