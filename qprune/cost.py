@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from qprune.constants import constant
 from qprune.conventions import CONVENTIONS, Convention, Inputs
 from qprune.errors import BudgetError, InputError
+from qprune.gates import TiedGate
 from qprune.geometry import ExampleInputs, Geometry, LayerGeometry, Unit, trace_geometry, weighted_layers
+from qprune.inputs import Shares, kept_inputs, own_inputs
 from qprune.nn.activation import QuantActivation
 from qprune.nn.filterwise import FilterConv2d
 from qprune.nn.mixing import Mixing
@@ -27,6 +29,7 @@ class Choice:
     """The distribution over (weight bits, activation bits) of one layer: p [F, K_w, K_a], or [1, K_w, K_a] if all filters share it.
 
     out_bits, out_p  bits of the activation that the layer produces, where it is quantized there, and their distribution [F or 1, K_o]
+    shares           where filters share choices of 0 bits with other filters: which choice each follows
     """
 
     w_bits: tuple[int, ...]
@@ -34,6 +37,7 @@ class Choice:
     p: Tensor
     out_bits: tuple[int, ...] = ()
     out_p: Tensor | None = None
+    shares: Shares | None = None
 
     def pruned(self) -> Tensor:
         """The probability of 0 bits per filter, [F] or [1]."""
@@ -125,7 +129,9 @@ def model_choices(model: nn.Module, units: Mapping[str, Unit] | None = None) -> 
     produced = {name: module.channel_bits for name, module in model.named_modules() if isinstance(module, QuantActivation)}
     for name, layer in weighted_layers(model):
         if isinstance(layer, Mixing):
-            choices[name] = Choice(layer.space.w_bits, layer.space.a_bits, layer.filter_probabilities().double())
+            gate, p = layer.weight_gate, layer.filter_probabilities().double()
+            shares = Shares(id(gate.prune), gate.channels) if isinstance(gate, TiedGate) and gate.mode != "fixed" else None
+            choices[name] = Choice(layer.space.w_bits, layer.space.a_bits, p, shares=shares)
         elif isinstance(layer, FilterConv2d):
             choices[name] = _unit_choice(layer)
         elif isinstance(layer, Quantizing):
@@ -165,28 +171,6 @@ def policy_choices(geometry: Geometry, policy: Policy) -> dict[str, Choice]:
     return choices
 
 
-def kept_inputs(geometry: Geometry, pruned: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """For every layer that reads prunable channels: the probability that each of its input channels is still there, [channels].
-
-    pruned  probability of 0 bits per filter, [F] or [1], of the layers that have that candidate
-    """
-    kept: dict[str, Tensor] = {}
-    for group in geometry.groups:
-        if not group.consumers or any(name not in pruned for name in group.producers):
-            continue
-        gone = torch.ones(())
-        for name, filters in group.producers.items():
-            p = pruned[name]
-            gone = gone * (p[constant(tuple(filters), torch.int64, p.device)] if p.numel() > 1 else p.expand(group.size))
-        for name, pairs in group.consumers.items():
-            if name in group.producers:
-                continue  # a layer that reads itself: its own choice is not independent of what is there
-            index, row = (constant(column, torch.int64, gone.device) for column in zip(*pairs, strict=True))
-            source = gone[row]
-            kept[name] = kept.get(name, source.new_ones(geometry.layers[name].channels)).index_add(0, index, -source)
-    return kept
-
-
 def _produced_bits(geometry: Geometry, choices: Mapping[str, Choice], name: str) -> tuple[tuple[int, ...], Tensor] | None:
     """(bits, distribution [channels, K]) of the input of a layer that does not quantize it but reads a quantized activation; else None."""
     source = choices.get(geometry.units.get(name, Unit()).source or "")
@@ -198,11 +182,14 @@ def _produced_bits(geometry: Geometry, choices: Mapping[str, Choice], name: str)
 
 
 def evaluate(geometry: Geometry, choices: Mapping[str, Choice], convention: Convention) -> Cost:
-    """The expected cost of independent layer choices: exact for one-hot ones."""
+    """The expected cost of choices that are independent but for those that filters share: exact for one-hot ones."""
     pruned = {name: choice.pruned() for name, choice in choices.items() if PRUNED in choice.w_bits and name in geometry.layers}
-    kept = kept_inputs(geometry, pruned)
+    shares = {name: choice.shares for name, choice in choices.items() if choice.shares is not None}
+    kept, own = kept_inputs(geometry, pruned, shares), own_inputs(geometry, pruned, shares)
     rows = [
-        layer_cost(layer, choices.get(name, FLOAT_CHOICE), kept.get(name), convention, _produced_bits(geometry, choices, name))
+        layer_cost(
+            layer, choices.get(name, FLOAT_CHOICE), kept.get(name), convention, _produced_bits(geometry, choices, name), own.get(name)
+        )
         for name, layer in geometry.layers.items()
     ]
     if not rows:
@@ -219,11 +206,13 @@ def layer_cost(
     kept: Tensor | None,
     convention: Convention,
     produced: tuple[tuple[int, ...], Tensor] | None = None,
+    own: Tensor | None = None,
 ) -> LayerCost:
     """One layer's expected cost.
 
     kept      probability that each input channel is there, [channels] (None: all are)
     produced  bits of the input channels and their distribution [channels, K], where the producer chose them (None: the layer's a_bits)
+    own       input channels that are there more than `kept` says for filters that are there themselves, [F] (see own_inputs)
     """
     p, device = choice.p, choice.p.device
     w = constant(choice.w_bits, torch.float64, device).view(1, -1, 1)
@@ -235,6 +224,8 @@ def layer_cost(
     else:
         there = constant((float(layer.inputs),), torch.float64, device).view(1, 1)  # the groups are alike
     count = there.sum(1).view(-1, 1, 1)
+    if own is not None:
+        count = count.repeat_interleave(layer.filters // len(count), 0) + own.double().view(-1, 1, 1)
     sharing = layer.filters // len(count)
     mass = p.view(len(count), sharing, *p.shape[1:]).sum(1) if p.size(0) > 1 else p * sharing
     inputs, a_bits = Inputs.alike(count, a), (mass * a).sum() / mass.sum().clamp_min(1e-12)

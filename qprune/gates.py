@@ -108,6 +108,54 @@ class FilterGate(Gate):
         return (logits / self.temperature if self.mode == "relaxed" else logits).softmax(0)
 
 
+class TiedGate(Gate):
+    """The gate of a layer whose filters are pruned together with filters of other layers: the probability of 0 bits comes from a gate that
+    all of them share.
+
+        p[f, k] = p0[channel of f] · q[f, k] for pruned candidates k, (1 − p0[channel of f]) · q[f, k] for the others
+
+    with q the softmax within either kind of candidates (so 1 for a single candidate of 0 bits).
+
+    pruned    K booleans: which candidates have weights of 0 bits
+    channels  the row of `prune` for every filter
+    prune     a Gate [channels, 2] over (pruned, kept), the same module in every layer that it ties. Draws of "sampled" are thus shared
+    "fixed"   takes this layer's own `choice`, as every gate does
+    """
+
+    pruned: Tensor
+    index: Tensor
+
+    def __init__(self, pruned: Sequence[bool], channels: Sequence[int], prune: Gate) -> None:
+        device = prune.logits.device
+        super().__init__(len(pruned), len(channels), device)
+        self.columns, self.channels, self.prune = tuple(pruned), tuple(channels), prune
+        self.register_buffer("pruned", torch.tensor(self.columns, device=device), persistent=False)
+        self.register_buffer("index", torch.tensor(self.channels, device=device), persistent=False)
+
+    def forward(self) -> Tensor:
+        if self.mode == "fixed":
+            hard = F.one_hot(self.choice, self.logits.size(-1)).to(torch.float32)
+            return torch.where(torch.isfinite(hard), hard, self.logits.float() + self.prune.logits[self.index, :1])
+        return self.shared(self.prune()) * self.within()
+
+    def shared(self, p: Tensor) -> Tensor:
+        """Of every candidate, the probability of its kind [C, K], from `prune`'s p."""
+        p = p[self.index]
+        return torch.where(self.pruned, p[:, :1], p[:, 1:])
+
+    def within(self) -> Tensor:
+        """q [C, K]; in "fixed" mode p itself, since layers may then differ in what they prune."""
+        if self.mode == "fixed":
+            return self()  # type: ignore[no-any-return]
+        return _within(self.logits.float() + self.noise, self.temperature, self.mode, self.pruned, sum(self.columns) == 1)
+
+
+def _within(noisy: Tensor, temperature: Tensor, mode: str, pruned: Tensor, single: bool) -> Tensor:
+    """softmax or straight-through draw among the pruned candidates, and among the others; single: one candidate is pruned."""
+    kept = _sharpened(noisy.masked_fill(pruned, -math.inf), temperature, mode)
+    return kept + (pruned.to(kept.dtype) if single else _sharpened(noisy.masked_fill(~pruned, -math.inf), temperature, mode))
+
+
 class Constant(nn.Module):
     """The gate of a layer with one candidate: p = 1, no parameters."""
 
@@ -128,20 +176,29 @@ class Constant(nn.Module):
 
 def probabilities(members: Sequence[Gate | Constant]) -> list[Tensor]:
     """p of many gates, [1 or C, K] each: what calling them one by one gives, in a few operations for all of the same K, mode and device."""
-    alike: dict[tuple[int, str, torch.device], list[int]] = {}
+    alike: dict[tuple[int, str, torch.device, tuple[bool, ...]], list[int]] = {}
     found: list[Tensor | None] = [None] * len(members)
     for i, gate in enumerate(members):
         if isinstance(gate, Constant | FilterGate) or gate.mode == "fixed":
             p = gate()
             found[i] = p if p.dim() == 2 else p.unsqueeze(0)
         else:
-            alike.setdefault((gate.logits.size(-1), gate.mode, gate.logits.device), []).append(i)
-    for (k, mode, _), picks in alike.items():
+            columns = gate.columns if isinstance(gate, TiedGate) else ()
+            alike.setdefault((gate.logits.size(-1), gate.mode, gate.logits.device, columns), []).append(i)
+    prunes = list(dict.fromkeys(gate.prune for gate in members if isinstance(gate, TiedGate) and gate.mode != "fixed"))
+    shared = dict(zip(prunes, probabilities(prunes), strict=True)) if prunes else {}
+    for (k, mode, _, columns), picks in alike.items():
         chosen = [gate for gate in (members[i] for i in picks) if isinstance(gate, Gate)]
         logits = [gate.logits.view(-1, k) for gate in chosen]
         noise = torch.cat([gate.noise.view(-1, k) for gate in chosen])
         temperature = torch.cat([gate.temperature.expand(rows.size(0), 1) for gate, rows in zip(chosen, logits, strict=True)])
-        together = _sharpened(torch.cat(logits).float() + noise, temperature, mode)
+        noisy = torch.cat(logits).float() + noise
+        tied = [gate for gate in chosen if isinstance(gate, TiedGate)]
+        if tied:
+            within = _within(noisy, temperature, mode, tied[0].pruned, sum(columns) == 1)
+            together = within * torch.cat([gate.shared(shared[gate.prune]) for gate in tied])
+        else:
+            together = _sharpened(noisy, temperature, mode)
         for i, p in zip(picks, together.split([rows.size(0) for rows in logits]), strict=True):
             found[i] = p
     return [p for p in found if p is not None]

@@ -23,6 +23,7 @@ from qprune.policy import LayerBits
 from qprune.quantizers import InputQuantizer, OutputQuantizer, Quantizer, sample_values
 from qprune.record import Record, attach, unwrap
 from qprune.space import FLOAT, SearchSpace
+from qprune.ties import filterwise, not_removable, tie_gates
 from qprune.units import find_units
 from qprune.unitwise import in_units, left_units, unit_spaces, unit_swaps
 
@@ -74,6 +75,9 @@ def prepare(model: nn.Module, space: SearchSpace, rules: Rules | None = None, ex
         if spaces[name] is not None:
             swaps.get(module, module).layer_name = name  # type: ignore[assignment]
     prepared = replace_modules(prepared, {old: new for old, new in swaps.items() if old is not new})
+    tie_gates(prepared, geometry)
+    if geometry is not None:
+        _tell_not_removable(prepared, geometry)
     attach(prepared, Record(geometry, fixed_layers(prepared)))
     if example_inputs is not None:
         _observe_inputs(prepared, [example_inputs], lambda name, quantizer, x: quantizer.observe_sign(x))
@@ -169,6 +173,16 @@ def _why_not(name: str, module: nn.Module) -> str:
     if type(module) in (nn.Conv2d, nn.Linear):
         return f"layer {name}: this {kind} has a computed weight or a patched forward, and cannot be mixed; it stays float"
     return f"layer {name}: {kind} cannot be mixed (only nn.Conv2d and nn.Linear can, not subclasses); it stays float"
+
+
+def _tell_not_removable(prepared: nn.Module, geometry: Geometry) -> None:
+    prunable = {name for name, layer in weighted_layers(prepared) if isinstance(layer, Mixing) and filterwise(layer)}
+    reasons = not_removable(geometry, prunable)
+    if reasons:
+        log.info(
+            "qprune: filters at 0 bits that other layers go on reading as zeros: %s",
+            "; ".join(f"{name} ({reason})" for name, reason in reasons.items()),
+        )
 
 
 def _listed(names: Iterable[str]) -> str:

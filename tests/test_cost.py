@@ -200,8 +200,10 @@ def test_one_hot_gates_policy_and_converted_model_agree(space: str, convention: 
 
 
 @pytest.mark.parametrize("space", ["layer", "filter"])
-@pytest.mark.parametrize("build", [lambda: Residual(2), Concat, depthwise], ids=["residual", "concat", "depthwise"])
-def test_expected_cost_is_the_mean_over_all_policies(build: Callable[[], nn.Module], space: str) -> None:
+@pytest.mark.parametrize(
+    "build, tied", [(lambda: Residual(2), ("a", "b")), (Concat, ()), (depthwise, ("0", "2"))], ids=["residual", "concat", "depthwise"]
+)
+def test_expected_cost_is_the_mean_over_all_policies(build: Callable[[], nn.Module], tied: tuple[str, ...], space: str) -> None:
     mixed = prepare(build(), SPACES[space], example_inputs=torch.randn(1, 2, 4, 4))
     for p in arch_parameters(mixed):
         nn.init.normal_(p)
@@ -214,6 +216,12 @@ def test_expected_cost_is_the_mean_over_all_policies(build: Callable[[], nn.Modu
             bits = policy.bits(n)
             w, a = [SPACES[space].w_bits.index(b) for b in bits.per_filter(len(p))], SPACES[space].a_bits.index(bits.a_bits)
             weight = p.sum(2)[range(len(p)), w].prod()
+            if space == "filter" and n in tied[1:]:  # 0 bits or not was drawn with the first layer's filters
+                kept = torch.stack([p.sum(2)[:, 0], 1 - p.sum(2)[:, 0]])
+                weight = weight / kept[[int(k > 0) for k in w], range(len(p))].prod()
+                weight = weight * all(
+                    (b == 0) == (c == 0) for b, c in zip(policy.bits(tied[0]).per_filter(len(p)), bits.per_filter(len(p)))
+                )
             chance *= float(weight * p[0].sum(0)[a])
         one = evaluate(geometry, policy_choices(geometry, policy), CONVENTIONS["product"])
         mean, total = mean + chance * torch.stack([one.bops, one.macs, one.size_bits]), total + chance
@@ -269,7 +277,7 @@ def test_rows_sum_up_and_name_mean_bits() -> None:
     assert [row.name for row in found.rows] == ["a", "b", "c"]
     assert float(sum(row.bops for row in found.rows)) == pytest.approx(float(found.bops))
     assert [(float(row.w_bits), float(row.a_bits)) for row in found.rows] == [(1, 3), (1, 3), (32, 32)]
-    assert len(list(gates(mixed))) == 4
+    assert len(list(gates(mixed))) == 5, "a and b share one more"
 
 
 @pytest.mark.parametrize("w_bits", [(0, 2, 4), (2, 4)])

@@ -275,7 +275,7 @@ def test_float_state_of_a_network_loads_strictly() -> None:
     assert all(torch.equal(a.weight_quantizer.log_range, b.weight_quantizer.log_range) for a, b in zip(layers_of(model), layers_of(fresh)))
     assert not any(layer.input_quantizer.calibrated for layer in layers_of(model))
     torch.testing.assert_close(model(IMAGE), fresh(IMAGE))
-    twin = prepare(Net(), SPACE)
+    twin = prepare(Net(), SPACE, example_inputs=IMAGE)
     twin.load_state_dict(model.state_dict(), strict=True)
     assert torch.equal(twin.eval()(IMAGE), model.eval()(IMAGE))
 

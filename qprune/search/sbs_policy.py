@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from qprune.budget import MEASURES, Budget
 from qprune.conventions import CONVENTIONS
-from qprune.cost import evaluate, geometry_of, kept_inputs, policy_choices
+from qprune.cost import evaluate, geometry_of, policy_choices
 from qprune.errors import InfeasibleBudgetError
 from qprune.geometry import Geometry
+from qprune.inputs import kept_inputs
 from qprune.nn.bitgates import BitGate
 from qprune.nn.nested import NestedLayer, Pruning
 from qprune.policy import LayerBits, Policy

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from qprune.conventions import CONVENTIONS, Inputs
-from qprune.cost import FLOAT_CHOICE, Choice, evaluate, kept_inputs, layer_cost, policy_choices
+from qprune.cost import FLOAT_CHOICE, Choice, evaluate, layer_cost, policy_choices
 from qprune.geometry import Geometry, LayerGeometry
+from qprune.inputs import kept_inputs
 from qprune.policy import LayerBits, Policy
 from qprune.space import PRUNED, SearchSpace
 
