@@ -35,6 +35,7 @@ from qprune.groups import channel_groups
 from qprune.kernels import backend
 from qprune.policy import Policy
 from qprune.prepare import arch_parameters, calibrate, prepare, weight_parameters
+from qprune.recalibrate import recalibrate
 from qprune.report import plot, report
 from qprune.search.allocate import allocate
 from qprune.search.driver import Search
@@ -65,6 +66,7 @@ __all__ = [
     "nn",
     "plot",
     "prepare",
+    "recalibrate",
     "report",
     "sample_gates",
     "save",

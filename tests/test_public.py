@@ -18,6 +18,7 @@ NAMES = [
     *("channel_groups", "save", "load", "backend", "report", "plot", "nn", "functional", "calibrate", "set_gates", "sample_gates"),
     *("QPruneError", "UnsupportedLayerError", "InfeasibleBudgetError", "PolicyMismatchError", "CheckpointError", "NonFiniteError"),
     "ExportError",
+    "recalibrate",
     "__version__",
 ]
 ERRORS = [name for name in NAMES if name.endswith("Error")]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from qprune import recalibrate
 from qprune.kernels import QPruneError
 from qprune.quantizers.base import RangeQuantizer
 from qprune.tasks import data, models, train
@@ -198,29 +199,14 @@ def test_evaluate_puts_modes_back() -> None:
         train.evaluate(net, [])
 
 
-def test_recalibrate_bn_averages_over_batches() -> None:
-    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, momentum=0.3), nn.Dropout(0.5), nn.Flatten(), nn.Linear(256, 10))
-    net[1].running_mean.fill_(100.0)
-    loader = noise(32).loader("train", 8)
-    train.recalibrate_bn(net, loader)
-    with torch.no_grad():
-        batches = [net[0](x) for x, _ in loader]
-    assert torch.allclose(net[1].running_mean, torch.stack([b.mean((0, 2, 3)) for b in batches]).mean(0), atol=1e-5)
-    assert torch.allclose(net[1].running_var, torch.stack([b.var((0, 2, 3)) for b in batches]).mean(0), atol=1e-5)
-    assert net[1].momentum == 0.3
-    assert net.training
-    train.recalibrate_bn(net, loader, max_batches=1)
-    assert torch.allclose(net[1].running_mean, batches[0].mean((0, 2, 3)), atol=1e-5)
-
-
-def test_recalibrate_bn_repairs_accuracy(task: data.Task, trained: nn.Module) -> None:
+def test_recalibrated_statistics_repair_accuracy(task: data.Task, trained: nn.Module) -> None:
     net = copy.deepcopy(trained)
     good = train.evaluate(net, task.loader("val", 256))[1]
     for layer in net.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.running_mean.add_(3.0)
     broken = train.evaluate(net, task.loader("val", 256))[1]
-    train.recalibrate_bn(net, task.loader("train", 64, generator(1)))
+    recalibrate(net, task.loader("train", 64, generator(1)))
     repaired = train.evaluate(net, task.loader("val", 256))[1]
     assert broken < 0.5
     assert repaired > good - 0.05

@@ -194,36 +194,6 @@ def evaluate(model: nn.Module, loader: Iterable[Any], loss: LossFunction = F.cro
     return loss_sum.item() / samples, correct.item() / samples
 
 
-@torch.no_grad()
-def recalibrate_bn(model: nn.Module, loader: Iterable[Any], max_batches: int | None = None) -> None:
-    """Replace the running statistics of every BatchNorm by their plain average over the batches of `loader`.
-
-    All other modules run in eval mode. For after a change of the weights that the statistics have not seen: sampled architectures,
-    converted networks (slimmable networks call it post-statistics, 1903.05134).
-    """
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats]
-    if not norms:
-        return
-    device = device_of(model)
-    momenta = [module.momentum for module in norms]
-    with kept_modes(model):
-        model.eval()
-        for module in norms:
-            module.train()
-            module.reset_running_stats()
-            module.momentum = None  # cumulative average
-        try:
-            for index, (x, _) in enumerate(loader):
-                if index == max_batches:
-                    break
-                model(move(x, device))
-        finally:
-            for module, momentum in zip(norms, momenta):
-                module.momentum = momentum
-    if not norms[0].num_batches_tracked:
-        raise InputError("the loader gave no batch")
-
-
 def device_of(model: nn.Module) -> torch.device:
     """Where the first parameter is; the CPU for a model without any."""
     parameter = next(model.parameters(), None)
