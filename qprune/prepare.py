@@ -21,6 +21,7 @@ from qprune.nn.mixing import Mixing
 from qprune.nn.surgery import copy_model, plain, replace_modules
 from qprune.policy import LayerBits
 from qprune.quantizers import InputQuantizer, OutputQuantizer, Quantizer, sample_values
+from qprune.recalibrate import only_inputs
 from qprune.record import Record, attach, unwrap
 from qprune.space import FLOAT, SearchSpace
 from qprune.ties import filterwise, not_removable, tie_gates
@@ -232,7 +233,7 @@ def calibrate(model: nn.Module, batches: Iterable[ExampleInputs | tuple[Tensor, 
         quantizers[name] = quantizer
         samples.setdefault(name, []).append(sample_values(x))
 
-    inputs = [_only_inputs(batch) for batch in batches]
+    inputs = [only_inputs(batch) for batch in batches]
     if not inputs:
         raise InputError("calibrate: no batches were given")
     outputs = {n.rpartition(".")[0]: module for n, module in unwrap(model).named_modules() if isinstance(module, OutputQuantizer)}
@@ -242,12 +243,6 @@ def calibrate(model: nn.Module, batches: Iterable[ExampleInputs | tuple[Tensor, 
     for name, quantizer in quantizers.items():
         quantizer.calibrate(torch.cat(samples[name]))
     return model
-
-
-def _only_inputs(batch: ExampleInputs | tuple[Tensor, Tensor]) -> ExampleInputs:
-    if isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Tensor) and not batch[1].is_floating_point():
-        return batch[0]  # type: ignore[no-any-return]
-    return batch
 
 
 def arch_parameters(model: nn.Module) -> list[nn.Parameter]:
