@@ -1,0 +1,68 @@
+"""The last steps to an ONNX file: any batch size, and no traces of this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from qprune._version import __version__
+from qprune.errors import ExportError
+from qprune.files import write_atomically
+from qprune.geometry import ExampleInputs
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+BATCH = "batch"
+
+
+def any_batch(example_inputs: ExampleInputs) -> tuple[ExampleInputs, Any]:
+    """Example inputs that torch.export takes for a batch of any size, and their dynamic shapes: the first dimension of every tensor that
+    has as many entries there as the first one. A batch of 1 is doubled, since torch.export takes it for a constant."""
+    inputs = dict(example_inputs) if isinstance(example_inputs, Mapping) else example_inputs
+    inputs = inputs if isinstance(inputs, Tensor | dict) else tuple(inputs)
+    size = next((value.size(0) for value in tree_leaves(inputs) if isinstance(value, Tensor) and value.dim()), 0)
+    batch = torch.export.Dim(BATCH)
+
+    def follows(value: Any) -> bool:
+        return isinstance(value, Tensor) and value.dim() > 0 and value.size(0) == size
+
+    shapes = tree_map(lambda value: {0: batch} if follows(value) else None, inputs)
+    inputs = tree_map(lambda value: torch.cat([value, value]) if size == 1 and follows(value) else value, inputs)
+    return inputs, (shapes,) if isinstance(inputs, Tensor) else shapes
+
+
+def finish(model: ir.Model, path: Path, properties: Mapping[str, str]) -> Path:
+    """Write the model to one file, atomically: qprune as its producer, the oldest IR version that its operators allow, no names of modules
+    or files of this machine. Raises ExportError for more than 2 GiB, which ONNX keeps in several files."""
+    import onnx
+    import onnx_ir as ir
+
+    for node in model.graph.all_nodes():
+        _tidy(node)
+        for value in node.outputs:
+            _tidy(value)
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        _tidy(value)
+    _tidy(model.graph)
+    model.metadata_props.clear()
+    model.metadata_props.update(properties)
+    model.producer_name, model.producer_version, model.graph.name = "qprune", __version__, "qprune"
+    opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items()]
+    model.ir_version = onnx.helper.find_min_ir_version_for(opsets, ignore_unknown=True)
+    try:
+        content = ir.to_proto(model).SerializeToString()
+    except ValueError as error:
+        raise ExportError(f"{path}: this network does not fit into one ONNX file, which holds 2 GiB ({error})") from error
+    write_atomically(path, content)
+    return path
+
+
+def _tidy(item: ir.Node | ir.Value | ir.Graph) -> None:
+    item.metadata_props.clear()
+    item.doc_string = None
