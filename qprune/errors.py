@@ -1,5 +1,9 @@
 """Every error that qprune raises on purpose. Each message is one line: what was got, what was expected, what to do."""
 
+from __future__ import annotations
+
+from typing import Any
+
 from qprune.kernels import BackendError, InputError, QPruneError
 
 __all__ = [
@@ -56,12 +60,30 @@ class ExportError(QPruneError, RuntimeError):
 
 
 class NonFiniteError(QPruneError, ArithmeticError):
-    """The loss became NaN or infinite. `step` counts from 0; `layer` is None if every layer's output was finite."""
+    """The loss, or a gradient, became NaN or infinite. Parameters are as they were before the step.
 
-    def __init__(self, step: int, layer: str | None, loss: float) -> None:
-        self.step, self.layer, self.loss = step, layer, loss
+    step      counts from 0, over all passes
+    layer     the first with a non-finite output, or that has the gradient; None if every layer's output was finite
+    gradient  the parameter whose gradient it is; None if it is the loss
+    index     of the batch in its pass, and batch = (x, y) itself, where the loop knows them; else None
+    """
+
+    def __init__(self, step: int, layer: str | None, loss: float, gradient: str | None = None) -> None:
+        if gradient is not None:
+            layer = gradient.rpartition(".")[0]
+        self.step, self.layer, self.loss, self.gradient = step, layer, loss, gradient
+        self.index: int | None = None
+        self.batch: tuple[Any, Any] | None = None
         where = f"first non-finite output in layer {layer!r}" if layer is not None else "every layer's output is finite, so it is the loss"
-        super().__init__(f"loss is {loss} at step {step}: {where}; lower the learning rate or check the data")
+        what = f"loss is {loss} at step {step}: {where}"
+        if gradient is not None:
+            what = f"the gradient of {gradient} is NaN or infinite at step {step}, where the loss is {loss:.6g}"
+        super().__init__(f"{what}; lower the learning rate or check the data")
+
+    def on(self, index: int, x: Any, y: Any) -> NonFiniteError:
+        """The same, with the batch where it happened."""
+        self.index, self.batch = index, (x, y)
+        return self
 
 
 class StudyError(QPruneError, RuntimeError):

@@ -44,3 +44,16 @@ def first_nonfinite_layer(model: nn.Module, closure: Callable[[], object]) -> st
         for buffer, value in buffers:
             buffer.copy_(value)
     return found[0] if found else None
+
+
+@torch.no_grad()
+def nonfinite_gradient(model: nn.Module) -> str | None:
+    """Name of the first parameter whose gradient holds NaN or infinity; None if there is none. Waits for the device once."""
+    found = [(name, p.grad) for name, p in unwrap(model).named_parameters() if p.grad is not None and p.grad.numel()]
+    if not found:
+        return None
+    # the largest elements: unlike other norms they cannot overflow
+    norms = torch._foreach_norm([gradient for _, gradient in found], torch.inf)
+    if bool(torch.stack([norm.to(norms[0].device, torch.float64) for norm in norms]).isfinite().all()):
+        return None
+    return next((name for name, gradient in found if not bool(gradient.isfinite().all())), None)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -18,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qprune.errors import InputError, NonFiniteError
-from qprune.health import first_nonfinite_layer
+from qprune.health import first_nonfinite_layer, nonfinite_gradient
 from qprune.modes import kept_modes
+from qprune.passes import Passes, following
 from qprune.prepare import quantizer_parameters
 from qprune.record import unwrap
 
@@ -52,10 +54,22 @@ def rate(step: int, total: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1.0, total - rise)))
 
 
-class Trainer:
-    """A run of `epochs` passes that can stop after any pass and go on elsewhere: `state_dict` holds weights, optimizers and history.
+@dataclass
+class Running:
+    """What a pass has had so far."""
 
-    The state of the loader's generator is not part of it.
+    batches: int = 0
+    samples: int = 0
+    loss_sum: float = 0.0
+    correct: int = 0
+    seconds: float = 0.0
+
+
+class Trainer:
+    """A run of `epochs` passes that can stop after any step and go on elsewhere: `state_dict` holds weights, optimizers, history, and how
+    far the present pass is.
+
+    Random numbers are not part of it: that of the loader's generator is to be what it was when the present pass began.
     """
 
     def __init__(
@@ -76,6 +90,8 @@ class Trainer:
         self.model, self.epochs, self.warmup, self.loss, self.autocast = model, epochs, warmup, loss, autocast
         self.history: list[dict[str, float]] = []
         self.step = 0
+        self._running: Running | None = None
+        self._left: Running | None = None
         decayed, plain, quantizer = parameter_groups(model)
         groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
         groups = [group for group in groups if group["params"]]
@@ -85,57 +101,99 @@ class Trainer:
         if quantizer:
             self.optimizers.append((torch.optim.Adam(quantizer, lr=quantizer_lr), quantizer_lr))
 
-    def run_epoch(self, loader: Batches, progress: Callable[[int, int, float], None] | None = None) -> dict[str, float]:
-        """One pass over `loader`, which must be as long in every pass. Returns and records {epoch, step, lr, loss, accuracy, seconds}.
+    def run_epoch(
+        self, loader: Batches, progress: Callable[[int, int, float], None] | None = None, passes: Passes | None = None
+    ) -> dict[str, float]:
+        """One pass over `loader`, which must be as long in every pass, or what is left of one after `load_state_dict`. Returns and records
+        {epoch, step, lr, loss, accuracy, seconds}.
 
-        progress(step, total steps of the run, loss) is called after every step.
+        progress(step, total steps of the run, loss) is called after every step. Raises NonFiniteError, leaving the parameters as they
+        were, for a loss or a gradient that is NaN or infinite.
         """
-        started = time.perf_counter()
+        passes = passes or Passes()
         total = self.epochs * len(loader)
         device = device_of(self.model)
         self.model.train()
-        samples, loss_sum, correct = 0, 0.0, torch.zeros((), dtype=torch.int64, device=device)
-        for x, y in loader:
+        (running, self._left) = (self._left or Running(), None)
+        self._running, started = running, time.perf_counter() - running.seconds
+        self._correct = torch.tensor(running.correct, dtype=torch.int64, device=device)
+        passes.begin()
+        for x, y in following(loader, running.batches):
+            passes.ready()
             x, y = move(x, device), y.to(device, non_blocking=True)
-            factor = rate(self.step, total, self.warmup)
-            for optimizer, lr in self.optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = lr * factor
-                optimizer.zero_grad(set_to_none=True)
-            with torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None):
-                logits = self.model(x)
-                loss = self.loss(logits, y)
-                value = loss.item()
-                if not math.isfinite(value):
-                    raise NonFiniteError(self.step, first_nonfinite_layer(self.model, partial(unwrap(self.model), x)), value)
-            loss.backward()  # type: ignore[no-untyped-call]
-            for optimizer, _ in self.optimizers:
-                optimizer.step()
-            samples += len(y)
-            loss_sum += value * len(y)
-            correct += (logits.detach().argmax(1) == y).sum()
+            value = self._update(x, y, rate(self.step, total, self.warmup), running.batches)
+            running.batches += 1
+            running.samples += len(y)
+            running.loss_sum += value * len(y)
+            running.seconds = time.perf_counter() - started
             self.step += 1
             if progress is not None:
                 progress(self.step, total, value)
-        if not samples:
+        passes.ready()
+        if not running.samples:
             raise InputError("the loader gave no batch")
         record = {
             "epoch": len(self.history),
             "step": self.step,
             "lr": self.optimizers[0][0].param_groups[0]["lr"] if self.optimizers else 0.0,
-            "loss": loss_sum / samples,
-            "accuracy": correct.item() / samples,
+            "loss": running.loss_sum / running.samples,
+            "accuracy": self._correct.item() / running.samples,
             "seconds": time.perf_counter() - started,
         }
+        self._running = None
         self.history.append(record)
         return record
 
+    def _update(self, x: Tensor, y: Tensor, factor: float, index: int) -> float:
+        """One step at `factor` times the learning rates; returns the loss."""
+        for optimizer, lr in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * factor
+            optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(x.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            logits = self.model(x)
+            loss = self.loss(logits, y)
+            value: float = loss.item()
+            if not math.isfinite(value):
+                layer = first_nonfinite_layer(self.model, partial(unwrap(self.model), x))
+                raise NonFiniteError(self.step, layer, value).on(index, x, y)
+        loss.backward()  # type: ignore[no-untyped-call]
+        parameter = nonfinite_gradient(self.model)
+        if parameter is not None:
+            raise NonFiniteError(self.step, None, value, parameter).on(index, x, y)
+        for optimizer, _ in self.optimizers:
+            optimizer.step()
+        self._correct += (logits.detach().argmax(1) == y).sum()
+        return value
+
+    def fit(
+        self,
+        loader: Batches | Callable[[int], Batches],
+        *,
+        val_loader: Batches | None = None,
+        on_epoch: Callable[[dict[str, float], Trainer], None] | None = None,
+        progress: Callable[[int, int, float], None] | None = None,
+        passes: Passes | None = None,
+    ) -> list[dict[str, float]]:
+        """The passes that are left; as `fit`, whose arguments these are. passes: is told where they begin."""
+        for epoch in range(len(self.history), self.epochs):
+            record = self.run_epoch(loader(epoch) if callable(loader) else loader, progress, passes)
+            if val_loader is not None:
+                record["val_loss"], record["val_accuracy"] = evaluate(self.model, val_loader, self.loss)
+            if on_epoch is not None:
+                on_epoch(record, self)
+        return self.history
+
     def state_dict(self) -> dict[str, Any]:
+        running = self._running or self._left
+        if running is not None and running is self._running:
+            running.correct = int(self._correct)
         return {
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer, _ in self.optimizers],
             "step": self.step,
             "history": self.history,
+            "running": None if running is None else asdict(running),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -144,6 +202,8 @@ class Trainer:
             optimizer.load_state_dict(saved)
         self.step = state["step"]
         self.history = [dict(record) for record in state["history"]]
+        running = state.get("running")
+        self._running, self._left = None, None if running is None else Running(**running)
 
 
 def fit(
@@ -166,13 +226,7 @@ def fit(
     trainer = Trainer(model, epochs, **options)
     if resume is not None:
         trainer.load_state_dict(resume)
-    for epoch in range(len(trainer.history), epochs):
-        record = trainer.run_epoch(loader(epoch) if callable(loader) else loader, progress)
-        if val_loader is not None:
-            record["val_loss"], record["val_accuracy"] = evaluate(model, val_loader, trainer.loss)
-        if on_epoch is not None:
-            on_epoch(record, trainer)
-    return trainer.history
+    return trainer.fit(loader, val_loader=val_loader, on_epoch=on_epoch, progress=progress)
 
 
 @torch.no_grad()
