@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Passes:
-    """Is told where a loop over batches is; who resumes a loop puts the random numbers there that a pass goes on with. Does nothing itself."""
+    """Is told where a loop over batches is: who resumes one then sets the random numbers that it goes on with. Does nothing itself."""
 
     def begin(self) -> None:
         """A pass begins: its order has not been drawn yet. One that is taken up again begins anew."""

@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qprune.errors import InputError
+from qprune.errors import InputError, NonFiniteError
 from qprune.nn.stacked import losses
+from qprune.passes import Passes, following
 from qprune.search.configurations import Configurations
 from qprune.search.driver import Loss, Search
 from qprune.search.method import StepResult
@@ -36,6 +37,7 @@ def alternate(
     homogeneous: bool = False,
     on_step: Callable[[StepResult], None] | None = None,
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
+    passes: Passes | None = None,
 ) -> list[dict[str, Any]]:
     """Continue a search with method "zur" until it has `epochs` outer epochs; returns the history, to which each adds
 
@@ -47,6 +49,7 @@ def alternate(
 
     weight_loader  batches (x, y) that weights learn from
     arch_loaders   the parts of the other data (the original: 4)
+    passes         is told where a pass begins; a search whose state was saved in one goes on there, as in Search.fit
 
     Raises InputError for another method, and for an empty loader.
     """
@@ -55,7 +58,6 @@ def alternate(
         raise InputError(f"alternate: needs a search with method='zur', got {method.name!r}")
     if not arch_loaders:
         raise InputError("alternate: pass at least one loader for the logits in arch_loaders")
-    configurations = method.configurations
 
     def task(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         return loss(model(x), y)
@@ -65,29 +67,72 @@ def alternate(
         total = torch.stack([losses(search.model, choices, task, batch, method.statistics) * len(batch[1]) for batch in batches]).sum(0)
         return (total / sum(len(y) for _, y in batches)).tolist()  # type: ignore[no-any-return]
 
-    def told(result: StepResult) -> Tensor:
-        if on_step is not None:
-            on_step(result)
-        return result.values
-
     for epoch in range(len(search.history), epochs):
-        entry: dict[str, Any] = {"epoch": epoch, "likely_loss": mean_losses(configurations.likely())[0]}
-        if homogeneous:
-            labels, choices = homogeneous_choices(configurations)
-            entry["homogeneous"] = dict(zip(labels, mean_losses(choices), strict=True))
-        part = _batches(arch_loaders[epoch % len(arch_loaders)], search.model)
-        entry["arch_loss"] = _mean([(told(method.logit_step(task, batch))[0], len(batch[1])) for batch in part])
-        search.model.train()
-        steps = []
-        for stage in method.stages.epochs if method.staged else [len(method.stages) - 1]:
-            method.stages.set(stage)
-            steps += [(told(method.weight_step(task, batch)), len(batch[1])) for batch in _batches(weight_loader, search.model)]
-        entry["loss"] = _mean([(values[0], size) for values, size in steps])
-        entry |= {"cost_ratio": float(steps[-1][0][1]), "multiplier": float(steps[-1][0][2]), **method.summary()}
+        entry = _epoch(search, weight_loader, arch_loaders, epoch, task, mean_losses, homogeneous, on_step, passes or Passes())
         search.history.append(entry)
+        search.running = None
         if on_epoch is not None:
             on_epoch(entry)
     return search.history
+
+
+def _epoch(
+    search: Search,
+    weight_loader: Batches,
+    arch_loaders: Sequence[Batches],
+    epoch: int,
+    task: Callable[..., Tensor],
+    mean_losses: Callable[[dict[str, Tensor]], list[float]],
+    homogeneous: bool,
+    on_step: Callable[[StepResult], None] | None,
+    passes: Passes,
+) -> dict[str, Any]:
+    """One outer epoch, or the rest of one. `search.running`: the entry so far, which pass is going on, and what it had."""
+    method = search.method
+    assert isinstance(method, Zur)
+    running = search.take_up()
+    if running is None:
+        entry: dict[str, Any] = {"epoch": epoch, "likely_loss": mean_losses(method.configurations.likely())[0]}
+        if homogeneous:
+            labels, choices = homogeneous_choices(method.configurations)
+            entry["homogeneous"] = dict(zip(labels, mean_losses(choices), strict=True))
+        running = {"entry": entry, "pass": 0, "batches": 0, "samples": 0, "total": 0.0, "values": None}
+    search.running, entry = running, running["entry"]
+
+    def go(loader: Batches, step: Callable[..., StepResult]) -> None:
+        """One pass."""
+        passes.begin()
+        for x, y in _batches(loader, search.model, running["batches"]):
+            passes.ready()
+            try:
+                result = step(task, (x, y))
+            except NonFiniteError as error:
+                error.on(running["batches"], x, y)
+                raise
+            running["total"] = result.values[0] * len(y) + running["total"]
+            running.update(values=result.values, batches=running["batches"] + 1, samples=running["samples"] + len(y))
+            if on_step is not None:
+                on_step(result)
+        passes.ready()
+        running["pass"] += 1
+        running["batches"] = 0
+
+    def mean() -> float:
+        found = float(running["total"] / running["samples"])
+        running.update(total=0.0, samples=0)
+        return found
+
+    if running["pass"] == 0:
+        go(arch_loaders[epoch % len(arch_loaders)], method.logit_step)
+        entry["arch_loss"] = mean()
+    search.model.train()
+    stages = method.stages.epochs if method.staged else [len(method.stages) - 1]
+    for stage in stages[running["pass"] - 1 :]:
+        method.stages.set(stage)
+        go(weight_loader, method.weight_step)
+    entry["loss"] = mean()
+    worst = running["values"].tolist()
+    return entry | {"cost_ratio": worst[1], "multiplier": worst[2], **method.summary()}
 
 
 def homogeneous_choices(configurations: Configurations) -> tuple[list[str], dict[str, Tensor]]:
@@ -106,15 +151,12 @@ def _distance(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
     return abs(one[0] - other[0]), abs(one[1] - other[1])
 
 
-def _batches(loader: Batches, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(loader: Batches, model: nn.Module, done: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """Those behind the first `done`, on the model's device."""
     device = next(model.parameters()).device
-    empty = True
-    for x, y in loader:
+    empty = done == 0
+    for x, y in following(loader, done):
         empty = False
         yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
     if empty:
         raise InputError("alternate: a loader gave no batch")
-
-
-def _mean(values: Sequence[tuple[Tensor, int]]) -> float:
-    return float(sum(value * size for value, size in values) / sum(size for _, size in values))

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from qprune.budget import Budget
 from qprune.cost import geometry_of
-from qprune.errors import InputError, QPruneError
+from qprune.errors import InputError, NonFiniteError, QPruneError
 from qprune.gates import set_gates
 from qprune.geometry import ExampleInputs
 from qprune.nn.mixing import Mixing
+from qprune.passes import Passes, endless, following
 from qprune.policy import Policy
 from qprune.prepare import fixed_layers
 from qprune.record import Record, attach, record_of, unwrap
@@ -112,6 +113,8 @@ class Search:
         self._hits = torch.zeros((), dtype=torch.int64, device=device)
         self.steps, self.final_temperature = steps, final_temperature
         self.history: list[dict[str, Any]] = []
+        self.running: dict[str, Any] | None = None
+        self._left: dict[str, Any] | None = None
 
     def step(
         self,
@@ -141,15 +144,20 @@ class Search:
         loss: Loss = F.cross_entropy,
         on_step: Callable[[StepResult], None] | None = None,
         on_epoch: Callable[[dict[str, Any]], None] | None = None,
+        passes: Passes | None = None,
     ) -> list[dict[str, Any]]:
         """Steps over whole loaders of (x, y); arch_loader is the other half of the data that "darts" needs (repeated if it is shorter).
 
         Returns the history: per epoch the mean loss, accuracy, expected cost over budget, multiplier, gate entropy, and expected bits.
+
+        passes  is told where a pass begins. After `load_state_dict` in a pass, that pass goes on where it was: the loaders' random numbers
+                are to be what they were when it began
         """
         if self.method.two_streams and arch_loader is None:
             raise InputError(f"{self.method.name} trains weights and gates on different data: pass arch_loader")
         for _ in range(epochs):
-            self.history.append(self._epoch(loader, arch_loader, loss, on_step))
+            self.history.append(self._epoch(loader, arch_loader, loss, on_step, passes or Passes()))
+            self.running = None
             if on_epoch is not None:
                 on_epoch(self.history[-1])
         return self.history
@@ -160,10 +168,10 @@ class Search:
         arch_loader: Iterable[tuple[Tensor, Tensor]] | None,
         loss: Loss,
         on_step: Callable[[StepResult], None] | None,
+        passes: Passes,
     ) -> dict[str, Any]:
         self.model.train()
         device = next(self.model.parameters()).device
-        others = _endless(arch_loader) if arch_loader is not None and self.method.two_streams else None
 
         def counting(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
             logits = model(x)
@@ -173,23 +181,37 @@ class Search:
         def plain(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
             return loss(model(x), y)
 
-        self._hits.zero_()
-        total, seen, result = torch.zeros((), dtype=torch.float64, device=device), 0, None
-        for batch in loader:
-            x, y = (t.to(device, non_blocking=True) for t in batch)
+        nothing = {"batches": 0, "samples": 0, "total": torch.zeros((), dtype=torch.float64, device=device), "hits": 0, "values": None}
+        self.running = running = self.take_up() or nothing
+        self._hits.fill_(int(running["hits"]))
+        passes.begin()
+        batches = following(loader, running["batches"])
+        others = endless(arch_loader, running["batches"]) if arch_loader is not None and self.method.two_streams else None
+        for batch in batches:
             other = [] if others is None else [t.to(device, non_blocking=True) for t in next(others)]
-            result = self.step(counting, plain if other else None, (x, y), other)
-            total, seen = total + result.values[0] * len(y), seen + len(y)
+            passes.ready()
+            x, y = (t.to(device, non_blocking=True) for t in batch)
+            try:
+                result = self.step(counting, plain if other else None, (x, y), other)
+            except NonFiniteError as error:
+                error.on(running["batches"], x, y)
+                raise
+            running["total"] = running["total"].to(device) + result.values[0] * len(y)
+            running["samples"] += len(y)
+            running["batches"] += 1
+            running |= {"values": result.values, "hits": self._hits}
             if on_step is not None:
                 on_step(result)
-        if result is None:
+        passes.ready()
+        if running["values"] is None:
             raise InputError("the loader gave no batch")
         self.method.settle()
         self.method.end_epoch()
+        result = StepResult(running["values"])
         return {
             "epoch": len(self.history),
-            "loss": float(total) / seen,
-            "accuracy": int(self._hits) / (seen * self.method.passes),
+            "loss": float(running["total"]) / running["samples"],
+            "accuracy": int(self._hits) / (running["samples"] * self.method.passes),
             "cost_ratio": result.cost_ratio,
             "multiplier": result.multiplier,
             **self.method.summary(),
@@ -201,14 +223,18 @@ class Search:
         return self.method.policy(self.budget)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the model: optimizers, multipliers, history."""
-        return {"method": self.method.state_dict(), "history": list(self.history)}
+        """Everything but the model: optimizers, multipliers, history, and how far the present pass is."""
+        running = self.running or self._left
+        if running is not None:
+            running = {name: value.clone() if isinstance(value, Tensor) else value for name, value in running.items()}
+        return {"method": self.method.state_dict(), "history": list(self.history), "running": running}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.method.load_state_dict(state["method"])
         self.history = list(state["history"])
+        self.running, self._left = None, None if state.get("running") is None else dict(state["running"])
 
-
-def _endless(loader: Iterable[tuple[Tensor, Tensor]]) -> Any:
-    while True:
-        yield from loader
+    def take_up(self) -> dict[str, Any] | None:
+        """What a loop other than `fit` put in `running` before the state was saved: once, for the loop that goes on with it."""
+        left, self._left = self._left, None
+        return left

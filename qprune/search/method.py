@@ -16,7 +16,7 @@ from qprune.budget import Budget
 from qprune.cost import cost, geometry_of, model_choices
 from qprune.errors import NonFiniteError
 from qprune.gates import gates
-from qprune.health import first_nonfinite_layer
+from qprune.health import first_nonfinite_layer, nonfinite_gradient
 from qprune.nn.premix import Premix
 from qprune.policy import Policy
 from qprune.record import record_of, unwrap
@@ -83,6 +83,9 @@ class Method:
         self.premix = Premix(model)
         self.steps = 0
         self._unsettled: tuple[StepResult, Closure, Sequence[Tensor]] | None = None
+        self._loss: Tensor | None = None
+        if recorder is None:
+            optimizers.check = self._check_gradients
 
     @classmethod
     def options(cls) -> tuple[str, ...]:
@@ -141,7 +144,14 @@ class Method:
             self.optimizers.skip_if(~torch.isfinite(loss.detach()))
         elif not bool(torch.isfinite(loss)):
             self._refuse(loss.item(), closure, batch)
+        self._loss = loss.detach()
         return loss
+
+    def _check_gradients(self) -> None:
+        """Raise NonFiniteError if a gradient is NaN or infinite; the optimizers call it before they change anything."""
+        parameter = nonfinite_gradient(self.model)
+        if parameter is not None:
+            raise NonFiniteError(self.steps, None, math.nan if self._loss is None else float(self._loss), parameter)
 
     def settle(self) -> None:
         """Wait for the last update; raises NonFiniteError if its loss was NaN or infinite."""

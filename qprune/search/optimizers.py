@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ class Optimizers:
 
     total       steps after which weights and quantizers have cooled down to 0 along a half cosine; None: constant rates
     recordable  updates work on the device alone, so that they can be part of a CUDA graph: fused kernels, rates as tensors
+    check       attribute: called before every update, to raise for gradients that must not be used; None: nothing is called
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class Optimizers:
             {"params": [p for p in weights if p.dim() <= 1], "weight_decay": 0.0},
         ]
         self.model, self.total = model, total
+        self.check: Callable[[], None] | None = None
         device = weights[0].device if weights else None
         options: dict[str, Any] = {"fused": True} if recordable else {}
         adam: dict[str, Any] = {**options, "capturable": True} if recordable and device is not None and device.type == "cuda" else options
@@ -77,11 +80,15 @@ class Optimizers:
             optimizer.found_inf = flag.to(torch.float32)  # type: ignore[attr-defined]
 
     def step_weights(self) -> None:
+        if self.check is not None:
+            self.check()
         self.weights.step()
         if self.quantizers is not None:
             self.quantizers.step()
 
     def step_arch(self) -> None:
+        if self.check is not None:
+            self.check()
         if self.arch is not None:
             self.arch.step()
 

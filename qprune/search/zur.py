@@ -270,6 +270,7 @@ class Zur(Method):
             "generator": self.generator.get_state(),
             "sensitivity": {name: value.clone() for name, value in self.sensitivity.items()},
             "weight_steps": self.weight_steps,
+            "order": {name: value.clone() for name, value in self.configurations.order.items()},
             "stages": self.stages.state_dict(),
             "freezer": None if self.freezer is None else self.freezer.state_dict(),
         }
@@ -280,6 +281,7 @@ class Zur(Method):
         self.weight_steps, self._slack = state["weight_steps"], None
         for name, value in self.sensitivity.items():
             value.copy_(state["sensitivity"][name])
+        self.configurations.order = {name: value.to(self.sensitivity[name].device) for name, value in state["order"].items()}
         self.stages.load_state_dict(state["stages"])
         if self.freezer is not None:
             self.freezer.load_state_dict(state["freezer"])
