@@ -30,6 +30,8 @@ from qprune.errors import (
     QPruneError,
     UnsupportedLayerError,
 )
+from qprune.export.packed import load_packed, save_packed
+from qprune.folding import fold
 from qprune.gates import sample_gates, set_gates
 from qprune.groups import channel_groups
 from qprune.kernels import backend
@@ -61,8 +63,10 @@ __all__ = [
     "channel_groups",
     "convert",
     "cost",
+    "fold",
     "functional",
     "load",
+    "load_packed",
     "nn",
     "plot",
     "prepare",
@@ -70,6 +74,7 @@ __all__ = [
     "report",
     "sample_gates",
     "save",
+    "save_packed",
     "set_gates",
     "weight_parameters",
 ]

@@ -21,6 +21,7 @@ from qprune.nn.mixing import Mixing
 from qprune.nn.quantizing import Quantizing
 from qprune.nn.surgery import replace_modules
 from qprune.policy import LayerBits, Policy
+from qprune.quantizers import StoredUniqWeightQuantizer, StoredWeightQuantizer
 from qprune.record import record_of, unwrap
 from qprune.space import SearchSpace
 
@@ -58,8 +59,10 @@ def structure_of(model: nn.Module) -> dict[str, str]:
 
 def save(model: nn.Module, path: str | Path) -> None:
     """Write a converted (or float) model: its tensors, and in the header its policy and quantizers. The write is atomic; raises
-    CheckpointError where the folder cannot be written, and for a model that is still being searched."""
+    CheckpointError where the folder cannot be written, for a model that is still being searched, and for one of packed codes."""
     inner = unwrap(model)
+    if any(isinstance(module, StoredWeightQuantizer | StoredUniqWeightQuantizer) for module in inner.modules()):
+        raise CheckpointError("save: the network was read from packed codes and has no latent weights; write it with save_packed")
     header = {"format": "qprune", "version": str(FORMAT), **structure_of(model)}
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in inner.state_dict().items()}
     write_atomically(Path(path), to_bytes(tensors, header))

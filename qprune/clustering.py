@@ -106,7 +106,13 @@ def equidistant(values: Values, size: int, iterations: int = 100, tolerance: flo
         return _padded(values.values, size)
     low, high, mean = float(values.values[0]), float(values.values[-1]), float(values.sums[-1]) / len(values.values)
     starts = [np.linspace(part * low + (1 - part) * mean, part * high + (1 - part) * mean, size) for part in _RANGES]
-    return min((_regressed(values, start, iterations, tolerance) for start in starts), key=values.error)
+    fitted = min((_regressed(values, start, iterations, tolerance) for start in starts), key=values.error)
+    return points_on_line(float(fitted[0]), float(fitted[-1]), size)
+
+
+def points_on_line(first: float, last: float, size: int) -> Array:
+    """[size] float32 in equal distances, computed in float64; the first and last are exact."""
+    return np.linspace(first, last, size, dtype=np.float64).astype(np.float32)
 
 
 def _regressed(values: Values, centers: Array, iterations: int, tolerance: float) -> Array:

@@ -10,7 +10,7 @@ from torch import Tensor
 from qprune.errors import UnsupportedLayerError
 from qprune.nn.activation import QuantActivation
 from qprune.nn.quantizing import Quantizing
-from qprune.quantizers import InputQuantizer, WeightQuantizer
+from qprune.quantizers import InputQuantizer, StoredWeightQuantizer, WeightQuantizer
 from qprune.space import FLOAT, PRUNED
 
 _WHOLE = 1e-3
@@ -72,8 +72,11 @@ def weight_codes(layer: Quantizing) -> WeightCodes:
     quantizes = torch.tensor([b not in (PRUNED, FLOAT) for b in quantizer.bits], device=weight.device)[column]
     steps, zero_point = (torch.tensor(v, device=weight.device)[column] for v in (quantizer.steps, quantizer.zero_point))
     steps, zero_point = torch.where(quantizes, steps, 0.0), torch.where(quantizes, zero_point, 0.0)
-    r = quantizer.ranges(weight).expand(len(weight), -1).gather(1, column.unsqueeze(1)).squeeze(1)
-    scale = torch.where(quantizes, r / steps.clamp_min(1), 0.0)
+    if isinstance(quantizer, StoredWeightQuantizer):
+        scale = quantizer.scale
+    else:
+        r = quantizer.ranges(weight).expand(len(weight), -1).gather(1, column.unsqueeze(1)).squeeze(1)
+        scale = torch.where(quantizes, r / steps.clamp_min(1), 0.0)
     shape = (-1, *[1] * (weight.dim() - 1))
     levels = (quantized / torch.where(quantizes, scale, 1.0).view(shape) + zero_point.view(shape)).round()
     levels = torch.where(quantizes.view(shape), levels, 0.0).to(torch.int32)

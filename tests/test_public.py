@@ -15,7 +15,8 @@ import qprune
 
 NAMES = [
     *("SearchSpace", "Policy", "Budget", "prepare", "convert", "cost", "Search", "allocate", "arch_parameters", "weight_parameters"),
-    *("channel_groups", "save", "load", "backend", "report", "plot", "nn", "functional", "calibrate", "set_gates", "sample_gates"),
+    *("channel_groups", "save", "load", "save_packed", "load_packed", "backend", "report", "plot", "nn", "functional", "calibrate"),
+    *("set_gates", "sample_gates"),
     *("QPruneError", "UnsupportedLayerError", "InfeasibleBudgetError", "PolicyMismatchError", "CheckpointError", "NonFiniteError"),
     "ExportError",
     "recalibrate",

@@ -63,10 +63,14 @@ class CodebookLayer(nn.Module):
     def shared_weight(self) -> Tensor:
         """What the layer computes with, in the latent weight's dtype and memory format. The gradient goes straight through to the latent
         weight where the mask is set."""
-        latent, values = self.weight.detach(), self.codebook.float()
-        index = torch.bucketize(latent.float().contiguous(), (values[1:] + values[:-1]) / 2)
-        shared = torch.empty_like(latent).copy_(values[index] * self.mask)
+        latent = self.weight.detach()
+        shared = torch.empty_like(latent).copy_(self.codebook.float()[self.codes()] * self.mask)
         return shared + (self.weight - latent) * self.mask
+
+    def codes(self) -> Tensor:
+        """The number of the shared value of every weight, int64, like weight; it means nothing outside of the mask."""
+        values = self.codebook.float()
+        return torch.bucketize(self.weight.detach().float().contiguous(), (values[1:] + values[:-1]) / 2)
 
     def quantized_input(self, x: Tensor) -> Tensor:
         if self.input_quantizer is None:

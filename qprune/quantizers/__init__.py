@@ -4,6 +4,7 @@ from qprune.quantizers.base import Candidates, Quantizer, RangeQuantizer, learne
 from qprune.quantizers.input import InputQuantizer
 from qprune.quantizers.output import OutputQuantizer
 from qprune.quantizers.staging import StagedQuantizer
+from qprune.quantizers.stored import StoredUniqWeightQuantizer, StoredWeightQuantizer
 from qprune.quantizers.uniq import UniqWeightQuantizer
 from qprune.quantizers.weight import WeightQuantizer, make_weight_quantizer
 
@@ -14,6 +15,8 @@ __all__ = [
     "Quantizer",
     "RangeQuantizer",
     "StagedQuantizer",
+    "StoredUniqWeightQuantizer",
+    "StoredWeightQuantizer",
     "UniqWeightQuantizer",
     "WeightQuantizer",
     "learned_ranges",

@@ -1,0 +1,324 @@
+"""A converted network in the fewest bytes: every weight as a code of its own width, all codes in one stream of bits.
+
+The file is a safetensors file. What it holds, in this order of `PackedSizes`:
+
+    codes      layer by layer, and in a layer by ascending width, the levels of `qprune.codes.weight_codes`, b bits each; filters of 0 bits
+               have none, filters of 32 bits and float layers float32. Of layers with codebooks: the codes of the weights that are kept
+    index      which weights of layers with codebooks are kept (see qprune.masks)
+    codebooks  float32: their shared values, and the levels of "uniq" weights
+    scales     float32: of quantized layers one per filter, as `cost` counts them, and the logarithm of the input's range
+    tensors    everything else of the state_dict: biases, normalisations, offsets and signs of inputs
+    header     policy and geometry (JSON, deflated), and safetensors' own
+
+A SHA-256 over all of it tells a damaged file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+from qprune.bitstream import Array, BitReader, BitWriter
+from qprune.checkpoint import read, rebuild, structure_of
+from qprune.clustering import points_on_line
+from qprune.codes import weight_codes
+from qprune.errors import CheckpointError, InputError
+from qprune.files import write_atomically
+from qprune.geometry import weighted_layers
+from qprune.masks import Index, read_mask, write_mask
+from qprune.modes import kept_modes
+from qprune.nn.codebook import CodebookLayer
+from qprune.nn.quantizing import Quantizing
+from qprune.quantizers import StoredUniqWeightQuantizer, StoredWeightQuantizer
+from qprune.record import unwrap
+from qprune.space import FLOAT, PRUNED
+from qprune.stored import stored
+
+FORMAT = 1
+MAGIC = "qprune-packed"
+_CHECKSUM = "packed.sha256"
+INDEXES = ("plain", "entropy")
+_STREAMS = ("codes", "index", "codebooks", "scales")
+_MOST_HEADER = 1 << 28  # bytes of JSON: a file may claim more, but no network needs it
+
+
+@dataclass(frozen=True)
+class PackedSizes:
+    """Bytes of a packed file, by what they hold (see the module); the bits of a stream are rounded up to whole bytes."""
+
+    codes: int
+    index: int
+    codebooks: int
+    scales: int
+    tensors: int
+    header: int
+
+    @property
+    def total(self) -> int:
+        """The size of the file."""
+        return sum(vars(self).values())
+
+
+def save_packed(model: nn.Module, path: str | Path, index: str = "entropy") -> PackedSizes:
+    """Write a converted (or float) network with its weights as packed codes, atomically, and say where the bytes go.
+
+    index  how masks of layers with codebooks are written: "plain", one bit per weight, or "entropy", the shortest that qprune.masks knows
+
+    Codes and scales are exact: the network that `load_packed` reads computes bit for bit the same in eval mode. Latent weights are not
+    kept: to train on, use `qprune.save`. Raises CheckpointError for a model that is still being searched, for quantized layers that are not
+    float32, and where the folder cannot be written.
+    """
+    if index not in INDEXES:
+        raise InputError(f"save_packed: index is one of {', '.join(INDEXES)}, got {index!r}")
+    inner = unwrap(model)
+    structure: dict[str, Any] = dict(structure_of(model))
+    streams = {name: BitWriter() for name in _STREAMS}
+    with kept_modes(inner), torch.no_grad():
+        inner.eval()
+        books = {}
+        for name, layer in _packed_layers(inner):
+            if isinstance(layer, CodebookLayer):
+                books[name] = _write_codebook(layer, streams, index == "entropy")
+            elif isinstance(layer, Quantizing):
+                _write_quantized(name, layer, streams)
+            else:
+                streams["codes"].write_floats(_numpy(layer.weight))
+    if books:
+        structure["books"] = books
+    state = {f"state.{name}": value.detach().cpu().contiguous().clone() for name, value in _rest(inner).items()}
+    header = zlib.compress(json.dumps(structure).encode(), 9)
+    packed = {f"packed.{name}": _bytes(s.getvalue()) for name, s in streams.items() if s.bits}
+    packed["packed.header"] = _bytes(header)
+    tensors = {**packed, **state}
+    tensors[_CHECKSUM] = _digest(tensors)
+    content = to_bytes(tensors, {"format": f"{MAGIC}/{FORMAT}"})
+    write_atomically(Path(path), content)
+    parts = {name: -(-s.bits // 8) for name, s in streams.items()} | {"tensors": sum(t.nbytes for t in state.values())}
+    return PackedSizes(**parts, header=len(content) - sum(parts.values()))
+
+
+def load_packed(path: str | Path, build: Callable[[], nn.Module]) -> nn.Module:
+    """Read what `save_packed` wrote: `build()` gives the float network, which is converted by the stored policy. The result is in eval
+    mode; weights of quantized layers lie on their grids, have no gradient, and stay as they are.
+
+    Raises CheckpointError if the file is missing, damaged, not a packed network, of a newer format, or of another network.
+    """
+    metadata, tensors = read(path)
+    magic, _, version = metadata.get("format", "").partition("/")
+    if magic != MAGIC:
+        hint = "; read it with qprune.load" if magic == "qprune" else ""
+        raise CheckpointError(f"{path} is not a packed network{hint}")
+    if version != str(FORMAT):
+        raise CheckpointError(f"{path} has packed format {version}; this version of qprune reads format {FORMAT}")
+    if not torch.equal(tensors.pop(_CHECKSUM, torch.zeros(0)), _digest(tensors)):
+        raise CheckpointError(f"cannot read {path}: it is damaged, its content has another checksum")
+    structure = _structure(tensors.pop("packed.header", None), path)
+    try:
+        books = {name: (Index.from_json(index), int(numbers)) for name, (index, numbers) in structure.pop("books", {}).items()}
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"cannot read {path}: its header is damaged ({type(error).__name__}: {error})") from None
+    model = rebuild(structure, build, path).eval()
+    empty = torch.zeros(0, dtype=torch.uint8)
+    streams = {name: BitReader(tensors.pop(f"packed.{name}", empty).flatten().view(torch.uint8).numpy()) for name in _STREAMS}
+    try:
+        with torch.no_grad():
+            for name, layer in _packed_layers(model):
+                _read_layer(name, layer, streams, books)
+            for stream in streams.values():
+                stream.finish()
+            _fill(_rest(model), tensors)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} does not fit this network: {error}") from None
+    return model
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> Tensor:
+    """SHA-256 of names, types, shapes and values, uint8 [32]."""
+    found = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        found.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
+        if value.numel():
+            found.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return _bytes(found.digest())
+
+
+def _bytes(content: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+
+def _structure(header: Tensor | None, path: str | Path) -> dict[str, Any]:
+    try:
+        if header is None:
+            raise ValueError("there is none")
+        inflate = zlib.decompressobj()
+        text = inflate.decompress(header.numpy().tobytes(), _MOST_HEADER)
+        if not inflate.eof:
+            raise ValueError(f"it is cut short, or has more than {_MOST_HEADER} bytes")
+        structure = json.loads(text)
+        if not isinstance(structure, dict):
+            raise ValueError(f"expected an object, got {type(structure).__name__}")
+    except (ValueError, zlib.error, RecursionError) as error:
+        raise CheckpointError(f"cannot read {path}: its header is damaged ({type(error).__name__}: {error})") from None
+    return structure
+
+
+def _packed_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The layers whose weights are in the stream of codes."""
+    for name, layer in weighted_layers(model):
+        if isinstance(layer, Quantizing | CodebookLayer) or (isinstance(layer.weight, Tensor) and layer.weight.dtype == torch.float32):
+            yield name, layer
+
+
+def _rest(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of the state_dict that no stream holds, shared ones once."""
+    held: set[str] = set()
+    packed = {layer: layer for _, layer in _packed_layers(model)}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if module in packed:
+            own = ("weight", "mask", "codebook") if isinstance(module, CodebookLayer) else ("weight",)
+            ranges = ("weight_quantizer.log_range", "weight_quantizer.scale", "input_quantizer.log_range")
+            held |= {f"{name}.{key}" if name else key for key in (*own, *(ranges if isinstance(module, Quantizing) else ()))}
+    rest: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, value in model.state_dict(keep_vars=True).items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"{name!r} of the network's state is a {type(value).__name__}; a packed file holds tensors only")
+        if name not in held and id(value) not in seen:
+            seen.add(id(value))
+            rest[name] = value
+    return rest
+
+
+def _fill(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Copy the file's tensors into those of the network."""
+    names = {f"state.{name}" for name in expected}
+    if wrong := sorted(names ^ tensors.keys()):
+        raise CheckpointError(f"{'missing' if wrong[0] in names else 'unexpected'} tensor {wrong[0].removeprefix('state.')!r}")
+    for name, target in expected.items():
+        value = tensors[f"state.{name}"]
+        if value.shape != target.shape:
+            raise CheckpointError(f"{name} has shape {tuple(value.shape)} in the file, {tuple(target.shape)} here")
+        target.data = value.to(target.device)
+
+
+def _numpy(value: Tensor) -> Array:
+    return value.detach().cpu().contiguous().numpy()
+
+
+def _places(layer: Quantizing) -> Iterator[tuple[int, Array]]:
+    """(width, the weights [F, …] that have it, bool), ascending, without 0 bits and without weights that read what nobody produces."""
+    bits = np.asarray(layer.w_bits).reshape(-1, *[1] * (layer.weight.dim() - 1))
+    kept = layer.weight_quantizer.kept
+    there = np.broadcast_to(True if kept is None else _numpy(kept), layer.weight.shape)
+    for width in sorted(set(layer.w_bits) - {PRUNED}):
+        yield width, there & (bits == width)
+
+
+def _write_quantized(name: str, layer: Quantizing, streams: Mapping[str, BitWriter]) -> None:
+    for key, value in (("weight", layer.weight), ("input range", layer.input_quantizer.log_range)):
+        if value.dtype != torch.float32:
+            raise CheckpointError(f"save_packed: the {key} of layer {name!r} is {value.dtype}, expected float32: call model.float()")
+    if layer.weight_quantizer.kind == "uniq":
+        _write_quantiles(name, layer, streams)
+    else:
+        codes = weight_codes(layer)
+        levels, floats = _numpy(codes.levels), None if codes.floats is None else _numpy(codes.floats)
+        for width, places in _places(layer):
+            if width == FLOAT:
+                assert floats is not None
+                streams["codes"].write_floats(floats[places])
+            else:
+                streams["codes"].write(levels[places], width)
+        streams["scales"].write_floats(_numpy(codes.scale))
+    streams["scales"].write_floats(_numpy(layer.input_quantizer.log_range))
+
+
+def _write_quantiles(name: str, layer: Quantizing, streams: Mapping[str, BitWriter]) -> None:
+    """Codes of "uniq" weights are the ranks of their values among those that the layer has at this width."""
+    weight = _numpy(layer.weight_quantizer(layer.weight, layer.one_hot))
+    if np.isnan(weight).any():
+        raise CheckpointError(f"save_packed: the weight of layer {name!r} is NaN; codes cannot say so")
+    for width, places in _places(layer):
+        if width == FLOAT:
+            streams["codes"].write_floats(weight[places])
+            continue
+        values, codes = np.unique(weight[places], return_inverse=True)
+        streams["codes"].write(codes, width)
+        streams["codebooks"].write_floats(np.pad(values, (0, 2**width - values.size), mode="edge"))
+
+
+def _write_codebook(layer: CodebookLayer, streams: Mapping[str, BitWriter], entropy: bool) -> tuple[list[Any], int]:
+    """Its index, and how many numbers describe its codebook."""
+    coded, mask = stored(layer), layer.mask.flatten()
+    assert coded.mask is not None
+    index = write_mask(_numpy(coded.mask), streams["index"], entropy)
+    streams["codes"].write(_numpy(layer.codes().flatten()[mask]), layer.w_bits)
+    values = _numpy(layer.codebook.float())
+    ends = values[[0, -1]]
+    numbers = ends if layer.linear and np.array_equal(points_on_line(float(ends[0]), float(ends[1]), values.size), values) else values
+    streams["codebooks"].write_floats(numbers)
+    return index.to_json(), numbers.size
+
+
+def _read_layer(name: str, layer: Any, streams: Mapping[str, BitReader], books: Mapping[str, tuple[Index, int]]) -> None:
+    if isinstance(layer, CodebookLayer):
+        if name not in books:
+            raise CheckpointError(f"the header has no index for layer {name!r}")
+        _read_codebook(name, layer, streams, *books[name])
+    elif isinstance(layer, Quantizing):
+        _read_quantized(layer, streams)
+    else:
+        layer.weight.copy_(_like(layer.weight, streams["codes"].read_floats(layer.weight.numel())))
+
+
+def _like(target: Tensor, values: Array) -> Tensor:
+    return torch.from_numpy(values).view(target.shape)
+
+
+def _read_quantized(layer: Quantizing, streams: Mapping[str, BitReader]) -> None:
+    old, filters = layer.weight_quantizer, layer.weight.size(0)
+    codes = [(width, places, streams["codes"].read(int(places.sum()), width)) for width, places in _places(layer)]
+    weight = np.zeros(layer.weight.shape, np.float32)
+    quantizer: StoredWeightQuantizer | StoredUniqWeightQuantizer
+    if old.kind == "uniq":
+        quantizer = StoredUniqWeightQuantizer(old.bits)
+        for width, places, levels in codes:
+            weight[places] = levels.view(np.float32) if width == FLOAT else streams["codebooks"].read_floats(2**width)[levels]
+    else:
+        quantizer = StoredWeightQuantizer(old.kind, old.bits, filters)
+        scale = streams["scales"].read_floats(filters)
+        quantizer.scale.copy_(torch.from_numpy(scale))
+        zero_point = dict(zip(quantizer.bits, quantizer.zero_point, strict=True))
+        for width, places, levels in codes:
+            signed = levels.astype(np.float32) - np.float32(zero_point[width])
+            weight[places] = levels.view(np.float32) if width == FLOAT else signed * scale[np.nonzero(places)[0]]
+    quantizer.kept = old.kept
+    layer.weight = nn.Parameter(torch.empty_like(layer.weight).copy_(torch.from_numpy(weight)), requires_grad=False)
+    layer.weight_quantizer = quantizer.train(layer.training)
+    target = layer.input_quantizer.log_range
+    target.copy_(_like(target, streams["scales"].read_floats(target.numel())))
+
+
+def _read_codebook(name: str, layer: CodebookLayer, streams: Mapping[str, BitReader], index: Index, numbers: int) -> None:
+    n, filters, size = layer.weight.numel(), layer.weight.size(0), 2**layer.w_bits
+    if index.entries not in (n, filters) or numbers not in (2, size):
+        raise CheckpointError(f"layer {name} has an index of {index.entries} entries and a codebook of {numbers} numbers in the file")
+    mask = np.repeat(read_mask(index, streams["index"]), n // index.entries)
+    codes = streams["codes"].read(int(mask.sum()), layer.w_bits)
+    values = streams["codebooks"].read_floats(numbers)
+    values = values if numbers == size else points_on_line(float(values[0]), float(values[1]), size)
+    weight = np.zeros(n, np.float32)
+    weight[mask] = values[codes]
+    layer.codebook.copy_(torch.from_numpy(values))
+    layer.mask.copy_(_like(layer.mask, mask))
+    layer.weight.copy_(_like(layer.weight, weight))
