@@ -52,8 +52,16 @@ def to_onnx(
     try:
         with _quiet(), redirect_stderr(noise), torch.no_grad():
             program = torch.onnx.export(
-                model, args, kwargs=kwargs, dynamo=True, opset_version=opset, dynamic_shapes=dynamic_shapes, verbose=False, **(names or {})
-            )  # fmt: skip
+                model,
+                args,
+                kwargs=kwargs,
+                dynamo=True,
+                opset_version=opset,
+                dynamic_shapes=dynamic_shapes,
+                input_names=None if names is None else names.get("input_names"),
+                output_names=None if names is None else names.get("output_names"),
+                verbose=False,
+            )
     except torch.onnx.OnnxExporterError as error:
         raise ExportError(f"this model cannot be exported: {_reason(error)}") from error
     assert program is not None
