@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import nn
 
-from qprune.errors import PolicyMismatchError
+from qprune.errors import InputError, PolicyMismatchError
 from qprune.gates import FilterGate
 from qprune.geometry import Geometry, Unit, describe, weighted_layers
 from qprune.nn.activation import fix_activation
@@ -16,8 +18,12 @@ from qprune.nn.mixing import Mixing
 from qprune.nn.quant import fix_bits
 from qprune.nn.surgery import copy_model, plain, replace_modules
 from qprune.policy import LayerBits, Policy
-from qprune.record import Record, attach, record_of, unwrap
+from qprune.record import Record, Removal, attach, record_of, unwrap
+from qprune.removal import apply_removal, describe_removal
+from qprune.removal_plan import smaller
 from qprune.space import PRUNED, SearchSpace
+
+log = logging.getLogger("qprune")
 
 
 def convert(
@@ -29,14 +35,34 @@ def convert(
 ) -> nn.Module:
     """A copy of the model with the policy's bits: QuantConv2d and QuantLinear for layers it names, plain torch layers for the rest.
 
-    model   prepared: ranges that were learned for the chosen bits are kept; or float: ranges start from the weights
-    space   names the quantizers of a float model's layers, for all or by layer name (default SearchSpace())
+    model     prepared: ranges that were learned for the chosen bits are kept; or float: ranges start from the weights
+    space     names the quantizers of a float model's layers, for all or by layer name (default SearchSpace())
+    remove    whether filters at 0 bits are taken out of the network, with all that depends on them; else they stay as zeros. What the
+              network computes is the same. See `removal_report` for what could not be taken out
+    round_to  the numbers of channels that removal leaves are multiples of this where they can be: some filters at 0 bits then stay, as
+              zeros, and cost what the others of their layer cost at least
 
     Where the policy has out_bits, QuantActivation takes the place of the rectifier. Of units, only what was chosen remains: weight,
-    normalisation and clips. Filters at 0 bits have zero weight; their bias, if any, remains a constant. Raises PolicyMismatchError for a
-    policy of another network, for bits that were not candidates, and where a layer would lose all its filters without a residual path
-    around it.
+    normalisation and clips. Filters at 0 bits are gone: weight and bias are zero, and so are scale, shift and running mean of the
+    normalisation behind them; what reads their channels does not see them. Which modules these are is known from `prepare` with
+    example_inputs, or from the policy; without, nothing is removed and only weight and bias are zero.
+
+    Raises PolicyMismatchError for a policy of another network, for bits that were not candidates, and where a layer would lose all its
+    filters without a residual path around it; InputError for a round_to below 1.
     """
+    return converted(model, policy, space, remove, round_to)
+
+
+def converted(
+    model: nn.Module,
+    policy: Policy,
+    space: SearchSpace | Mapping[str, SearchSpace] | None,
+    remove: bool | None,
+    round_to: int = 1,
+) -> nn.Module:
+    """`convert`; with remove=None filters at 0 bits have zero weight and nothing else changes, as in files of format 1."""
+    if not isinstance(round_to, int) or round_to < 1:
+        raise InputError(f"convert: round_to must be a whole number from 1, got {round_to!r}")
     record = record_of(model)
     geometry = record.geometry if record is not None else None
     if geometry is not None:
@@ -71,8 +97,35 @@ def convert(
             w_bits = chosen.per_filter(record.geometry.layers[name].filters)
             swaps[behind[-1]] = fix_activation(behind[-1], layer, chosen.out_bits, w_bits, quantizers)
     final = replace_modules(final, {old: new for old, new in swaps.items() if old is not new})
+    pruned = policy.pruned()
+    if record is not None and record.geometry is not None and pruned and remove is not None:
+        return _without_pruned(final, record, Policy(policy.layers, record.geometry), remove, round_to)
+    if pruned and remove:
+        log.warning(
+            "qprune: filters at 0 bits stay as zeros in %s: the network's channels are unknown; give prepare example_inputs",
+            ", ".join(pruned),
+        )
     if record is not None:
         attach(final, record)
+    return final
+
+
+def _without_pruned(final: nn.Module, record: Record, policy: Policy, remove: bool, round_to: int) -> nn.Module:
+    """Take out, or silence, the filters at 0 bits, and note it."""
+    geometry = record.geometry
+    assert geometry is not None
+    pruned = {
+        name: [f for f, b in enumerate(policy.bits(name).per_filter(geometry.layers[name].filters)) if b == PRUNED]
+        for name in policy.pruned()
+    }
+    final, plan = apply_removal(final, geometry, pruned, remove, round_to)
+    lost = describe_removal(geometry, plan) if remove else ()
+    kept = [layer for layer in lost if layer.why]
+    if kept:
+        log.info("qprune: pruned filters whose channels remain: %s", "; ".join(f"{layer.name} ({layer.why})" for layer in kept))
+    attach(
+        final, replace(record, geometry=smaller(geometry, plan) if remove else geometry, removal=Removal(policy, remove, round_to, lost))
+    )
     return final
 
 
@@ -143,5 +196,6 @@ def has_bypass(geometry: Geometry, name: str) -> bool:
     """
     order = list(geometry.layers)
     earlier = {other for other in order[: order.index(name)] if not geometry.layers[other].depthwise}
-    groups = [group for group in geometry.groups if name in group.producers]
+    mine = [group for group in geometry.groups if name in group.producers]
+    groups = [group for group in mine if group.consumers or not any(group.producers.keys() < other.producers.keys() for other in mine)]
     return bool(groups) and not geometry.layers[name].depthwise and all(earlier & group.producers.keys() for group in groups)

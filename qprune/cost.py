@@ -137,7 +137,11 @@ def model_choices(model: nn.Module, units: Mapping[str, Unit] | None = None) -> 
         elif isinstance(layer, Quantizing):
             activation = (units or {}).get(name, Unit()).activation
             out = one_hot(produced[activation]) if activation in produced else ((), None)
-            choices[name] = Choice(layer.weight_quantizer.bits, (layer.a_bits,), layer.one_hot.double().unsqueeze(2), *out)
+            w_bits, p = (layer.weight_quantizer.bits, layer.one_hot.double())
+            if layer.fillers:
+                w_bits, p = one_hot(layer.computed_bits)
+                p = p.to(layer.one_hot.device)
+            choices[name] = Choice(w_bits, (layer.a_bits,), p.unsqueeze(2), *out)
     return choices
 
 
@@ -173,11 +177,14 @@ def policy_choices(geometry: Geometry, policy: Policy) -> dict[str, Choice]:
 
 def _produced_bits(geometry: Geometry, choices: Mapping[str, Choice], name: str) -> tuple[tuple[int, ...], Tensor] | None:
     """(bits, distribution [channels, K]) of the input of a layer that does not quantize it but reads a quantized activation; else None."""
-    source = choices.get(geometry.units.get(name, Unit()).source or "")
+    unit = geometry.units.get(name, Unit())
+    source = choices.get(unit.source or "")
     if source is None or source.out_p is None or (name in choices and choices[name].a_bits != (FLOAT,)):
         return None
     layer = geometry.layers[name]
     rows = source.out_p if source.out_p.size(0) > 1 else source.out_p.expand(layer.channels, -1)
+    if unit.channels is not None and source.out_p.size(0) > 1:
+        rows = rows[constant(unit.channels, torch.int64, rows.device)]
     return source.out_bits, rows.repeat_interleave(layer.channels // rows.size(0), 0)
 
 

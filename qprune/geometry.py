@@ -63,8 +63,8 @@ class ChannelGroup:
     every producer (several where a residual adds them) and read as input channel i by every pair (i, r) in consumers[layer]: it can be
     removed there once all those filters are pruned.
 
-    carriers   modules that hold an entry per channel on the way (normalisations, nn.PReLU): pairs (entry i, channel r), where the entry gets
-               channel r of all producers and nothing else
+    carriers   modules that hold an entry per channel on the way (normalisations, nn.PReLU): pairs (entry i, channel r), where the entry
+               gets channel r of all producers and nothing else
     removable  whether a channel whose producers are all pruned can be taken out of every tensor that it goes through. Where not, it stays
                there as zeros, and only the layers at its ends become narrower
     why        the reason, where it cannot
@@ -87,11 +87,13 @@ class Unit:
                 branch of an addition owns it
     source      the layer whose activation this layer reads, through pooling or flattening; None for the network's input and for what no
                 rectifier made. Input channel i is made of filter i · filters / channels of the source
+    channels    where a network was made smaller: for every input channel, the channel of the source's activation that it is made of
     """
 
     norm: str | None = None
     activation: str | None = None
     source: str | None = None
+    channels: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ class Geometry:
 
     def to_json(self) -> dict[str, Any]:
         data = {"layers": [asdict(layer) for layer in self.layers.values()], "groups": [asdict(group) for group in self.groups]}
-        return data | ({"units": {name: asdict(unit) for name, unit in self.units.items()}} if self.units else {})
+        return data | ({"units": {name: _unit_json(unit) for name, unit in self.units.items()}} if self.units else {})
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Geometry:
@@ -128,6 +130,11 @@ class Geometry:
             for row in data["groups"]
         )
         return cls(layers, groups, {name: Unit(**unit) for name, unit in data.get("units", {}).items()})
+
+
+def _unit_json(unit: Unit) -> dict[str, Any]:
+    """Without `channels`, where it is None: files then stay readable for versions that do not know it."""
+    return {key: value for key, value in asdict(unit).items() if key != "channels" or value is not None}
 
 
 def run(model: nn.Module, example_inputs: ExampleInputs) -> Any:
@@ -158,7 +165,7 @@ def describe(name: str, layer: nn.Module, positions: int) -> LayerGeometry:
     weight = layer.weight
     assert isinstance(weight, Tensor)
     kernel = weight.shape[2:].numel()
-    kind = type(layer).__name__
+    kind = getattr(layer, "kind", type(layer).__name__)
     groups = layer.groups if isinstance(layer, nn.modules.conv._ConvNd) else 1
     return LayerGeometry(name, kind, weight.size(0), weight.size(1), kernel, groups, positions)
 

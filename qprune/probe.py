@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +15,10 @@ _TOLERANCE = 1e-4
 
 
 class Probe:
-    """read: layer name → its inputs, one per call; made: layer name → the outputs it seemed to give, random leaves of autograd instead of
-    the real ones, so that no dead ReLU hides a path; foreign: other leaves (the network's input, embeddings)."""
+    """read: layer or carrier name → its inputs, one per call; made: layer name → the outputs it seemed to give, random leaves of autograd
+    instead of the real ones, so that no dead ReLU hides a path; foreign: other leaves (the network's input, embeddings)."""
 
-    def __init__(self, model: nn.Module, example_inputs: ExampleInputs) -> None:
+    def __init__(self, model: nn.Module, example_inputs: ExampleInputs, carriers: Collection[str] = ()) -> None:
         self.read: dict[str, list[Tensor]] = {}
         self.made: dict[str, list[Tensor]] = {}
         self.foreign: list[Tensor] = []
@@ -29,6 +30,7 @@ class Probe:
             for module in model.modules()
             if isinstance(module, nn.Embedding)
         ]
+        handles += [model.get_submodule(name).register_forward_pre_hook(self._watch(name), with_kwargs=True) for name in carriers]
         inputs = dict(example_inputs) if isinstance(example_inputs, Mapping) else example_inputs
         try:
             run(model, tree_map(self._leaf, inputs))
@@ -48,20 +50,29 @@ class Probe:
 
         return hook
 
+    def _watch(self, name: str):  # type: ignore[no-untyped-def]
+        def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            x = first_input(args, kwargs)
+            self.axes[name] = 1 - x.dim()
+            self.read.setdefault(name, []).append(x.clone())
+
+        return hook
+
     def _leaf(self, value: object) -> object:
         if not isinstance(value, Tensor) or not value.is_floating_point():
             return value
         self.foreign.append(value.detach().clone().requires_grad_())
         return self.foreign[-1].clone()
 
-    def sources(self, group: ChannelGroup, consumer: str) -> frozenset[str]:
-        """The producers that input channel i of the consumer is a function of, for the pairs (i, r) that the group claims: a function of
-        their channel r and of nothing else. Empty if that is not so.
+    def sources(self, group: ChannelGroup, reader: str) -> frozenset[str]:
+        """The producers that input channel i of a consumer or carrier is a function of, for the pairs (i, r) that the group claims: a
+        function of their channel r and of nothing else. Empty if that is not so.
 
         With a random weight per r, the gradient of the weighted inputs must be the gradient of the unweighted ones, weighted.
         """
         weights = torch.rand(group.size, generator=self.random).double() + 0.5
-        found = [self._sources(x, group, group.consumers[consumer], self.axes[consumer], weights) for x in self.read.get(consumer, [])]
+        pairs = group.consumers[reader] if reader in group.consumers else group.carriers[reader]
+        found = [self._sources(x, group, pairs, self.axes[reader], weights) for x in self.read.get(reader, [])]
         return frozenset().union(*found) if all(found) else frozenset()
 
     def _sources(self, x: Tensor, group: ChannelGroup, pairs: tuple[tuple[int, int], ...], axis: int, weights: Tensor) -> frozenset[str]:
@@ -92,15 +103,22 @@ class Probe:
 
 
 def confirmed(groups: tuple[ChannelGroup, ...], probe: Probe) -> tuple[ChannelGroup, ...]:
-    """The tracer's groups, split by what every consumer really reads: in a residual stage, the layers before it; behind a depthwise layer,
-    that layer. Consumers that the probe contradicts anywhere are left out; a group whose producers nobody reads together remains without.
+    """The tracer's groups, split by what every consumer and carrier really gets: in a residual stage, the layers before it; behind a
+    depthwise layer, that layer. Those that the probe contradicts anywhere are left out; a group whose producers nobody reads together
+    remains without.
     """
-    sources = [{name: probe.sources(group, name) for name in group.consumers} for group in groups]
+    sources = [{name: probe.sources(group, name) for name in (*group.consumers, *group.carriers)} for group in groups]
     wrong = {name for found in sources for name, names in found.items() if not names}
     split = []
     for group, found in zip(groups, sources, strict=True):
         for names in dict.fromkeys([*(found[name] for name in found if name not in wrong), frozenset(group.producers)]):
-            producers = {name: filters for name, filters in group.producers.items() if name in names}
-            consumers = {name: pairs for name, pairs in group.consumers.items() if name not in wrong and found[name] == names}
-            split.append(ChannelGroup(group.size, producers, consumers))
+            right = {name for name in found if name not in wrong and found[name] == names}
+            split.append(
+                replace(
+                    group,
+                    producers={name: filters for name, filters in group.producers.items() if name in names},
+                    consumers={name: pairs for name, pairs in group.consumers.items() if name in right},
+                    carriers={name: pairs for name, pairs in group.carriers.items() if name in right},
+                )
+            )
     return tuple(split)

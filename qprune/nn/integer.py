@@ -75,6 +75,7 @@ def _expressible(layer: Quantizing) -> bool:
     channels, w, a = layer.weight.size(1), layer.weight_quantizer, layer.input_quantizer
     return (
         isinstance(w, WeightQuantizer)
+        and w.kept is None
         and 2 <= layer.a_bits <= 8
         and a.kind == "pact"
         and channels % _VECTOR == 0

@@ -30,11 +30,12 @@ class QuantConv2d(Quantizing, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         check_input(self, input, (3, 4), self.in_channels, -3)
-        x = input if input.dim() == 4 else input.unsqueeze(0)
+        x = self.gathered(input if input.dim() == 4 else input.unsqueeze(0))
         y = integer.conv2d(self, x)
         if y is None:
             quantized, weight = self.quantize(x)
             y = self._conv_forward(quantized, weight, self.bias)
+        y = self.spread_out(y)
         return y if input.dim() == 4 else y.squeeze(0)
 
     def train(self, mode: bool = True) -> QuantConv2d:
@@ -55,8 +56,8 @@ class QuantLinear(Quantizing, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         check_input(self, input, tuple(range(1, 9)), self.in_features, -1)
-        quantized, weight = self.quantize(input.reshape(-1, self.in_features))
-        return F.linear(quantized, weight, self.bias).reshape(*input.shape[:-1], self.out_features)
+        quantized, weight = self.quantize(self.gathered(input.reshape(-1, self.in_features)))
+        return self.spread_out(F.linear(quantized, weight, self.bias)).reshape(*input.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + self.bits_repr()

@@ -9,9 +9,9 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 Layer = TypeVar("Layer", bound=nn.Module)
-_MODULES = ("weight_gate", "input_gate", "weight_quantizer", "input_quantizer")
+_MODULES = ("weight_gate", "input_gate", "weight_quantizer", "input_quantizer", "gather", "spread")
 _BUFFERS = ("one_hot", "quantizer_of_pair")
-_SETTINGS = ("space", "picks", "pair_groups", "layer_name", "w_bits", "a_bits", "recompute")
+_SETTINGS = ("space", "picks", "pair_groups", "layer_name", "w_bits", "a_bits", "recompute", "fillers")
 
 
 def copy_model(model: nn.Module) -> nn.Module:
@@ -41,6 +41,11 @@ def plain(layer: nn.Module) -> nn.Module:
     """
     if hasattr(layer, "as_plain") and type(layer).__module__.startswith("qprune."):
         return layer.as_plain()  # type: ignore[no-any-return, operator]
+    return stripped(layer)
+
+
+def stripped(layer: nn.Module) -> nn.Module:
+    """The nn.Conv2d or nn.Linear that a layer of qprune extends, without what it adds; other modules as they are."""
 
     def strip(stripped: nn.Module) -> None:
         for name in (*_MODULES, *_SETTINGS):

@@ -36,13 +36,19 @@ class StagedQuantizer(Staged, Quantizer):
 
     stage  "quantized", "noisy" (noise of the size of a step, in place of rounding) or "float" (the weight as it is)
     seed   int64 [1], buffer: every draw of a forward pass is a function of it and of the position in the weight, whatever the device
+    kept   bool, broadcasts with the weight, or None: entries that belong to the layer. The others are zero, and no statistic counts them.
+           Not part of state_dict
     """
 
     stages = ("quantized", "noisy", "float")
     seed: Tensor
+    kept: Tensor | None
 
     def _add_seed(self, device: torch.device | None) -> None:
         self.register_buffer("seed", torch.zeros(1, dtype=torch.int64, device=device), persistent=False)
+
+    def _add_kept(self) -> None:
+        self.register_buffer("kept", None, persistent=False)
 
     @property
     def active_stage(self) -> str:

@@ -34,6 +34,7 @@ class UniqWeightQuantizer(StagedQuantizer):
     def __init__(self, bits: Sequence[int], device: torch.device | None = None) -> None:
         super().__init__(bits)
         self._add_seed(device)
+        self._add_kept()
 
     def start(self, weight: Tensor) -> None:
         """Nothing: the statistics are taken from the weight at every call."""
@@ -44,7 +45,7 @@ class UniqWeightQuantizer(StagedQuantizer):
         stage = self.active_stage
         if stage == "float" or w.numel() == 0:
             return [None if bits == PRUNED else w for bits in self.bits]
-        deviation, mean = torch.std_mean(w, correction=min(1, w.numel() - 1))
+        deviation, mean = self._statistics(w)
         deviation = deviation.clamp_min(LEAST_DEVIATION)
         t = ndtr((w - mean) / deviation)
         noise = uniform(self.seed, weight) - 0.5 if stage == "noisy" else None
@@ -63,7 +64,17 @@ class UniqWeightQuantizer(StagedQuantizer):
 
     def forward(self, weight: Tensor, p: Tensor) -> Tensor:
         """Σ_k p_k Q_k(weight) for p [K] or [F, K]."""
-        return straight_mixture(weight, self._values(weight), p, axis=0)
+        mixed = straight_mixture(weight, self._values(weight), p, axis=0)
+        return mixed if self.kept is None else mixed * self.kept
+
+    def _statistics(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Deviation (unbiased) and mean []."""
+        if self.kept is None:
+            return torch.std_mean(w, correction=min(1, w.numel() - 1))
+        there = self.kept.expand_as(w).to(w.dtype)
+        count = there.sum()
+        mean = (w * there).sum() / count.clamp_min(1)
+        return (((w - mean) * there).square().sum() / (count - 1).clamp_min(1)).sqrt(), mean
 
 
 def straight_mixture(x: Tensor, values: Sequence[Tensor | None], p: Tensor, axis: int) -> Tensor:

@@ -40,6 +40,7 @@ class WeightQuantizer(RangeQuantizer, StagedQuantizer):
         self.kind = kind
         self.pass_through = [int(b == 1 or nice) for b in bits]
         self._add_seed(device)
+        self._add_kept()
 
     @torch.no_grad()
     def start(self, weight: Tensor) -> None:
@@ -65,7 +66,12 @@ class WeightQuantizer(RangeQuantizer, StagedQuantizer):
         if 1 not in self.bits:
             return r
         magnitude = weight.detach().float().abs()
-        mean = magnitude.flatten(1).mean(1) if r.size(0) > 1 else magnitude.mean().reshape(1)
+        if self.kept is None:
+            mean = magnitude.flatten(1).mean(1) if r.size(0) > 1 else magnitude.mean().reshape(1)
+        else:
+            there = self.kept.expand_as(magnitude).to(magnitude.dtype)
+            total, count = (t.flatten(1).sum(1) for t in (magnitude * there, there))
+            mean = total / count.clamp_min(1) if r.size(0) > 1 else (total.sum() / count.sum().clamp_min(1)).reshape(1)
         binary = (2 * mean).clamp_min(TINY).unsqueeze(1)
         return torch.cat([binary if b == 1 else r[:, k : k + 1] for k, b in enumerate(self.bits)], dim=1)
 
@@ -87,9 +93,13 @@ class WeightQuantizer(RangeQuantizer, StagedQuantizer):
         """
         found = self.candidates(weight, p, picks, groups)
         quantized = found.mix(weight, axis=0)
+        if self.kept is not None:
+            quantized = quantized * self.kept
         if self.active_stage != "noisy":
             return quantized
         noisy = found.mix(weight, axis=0, seed=self.seed)
+        if self.kept is not None:
+            noisy = noisy * self.kept
         chosen = uniform(self.seed ^ _MASK_KEY, weight) < NOISY_SHARE
         return torch.where(torch.cat([chosen] * (max(found.groups) + 1), dim=1), noisy, quantized)
 

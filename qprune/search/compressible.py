@@ -50,7 +50,8 @@ def output_layers(model: nn.Module) -> set[str]:
     geometry = geometry_of(model)
     if not geometry.groups:
         return {list(geometry.layers)[-1]}
-    return {name for group in geometry.groups if not group.consumers for name in group.producers}
+    read = {name for group in geometry.groups if group.consumers for name in group.producers}
+    return {name for group in geometry.groups for name in group.producers} - read
 
 
 def float_bits(model: nn.Module, layers: Mapping[str, nn.Module]) -> int:
