@@ -18,8 +18,7 @@ NAMES = [
     *("channel_groups", "save", "load", "save_packed", "load_packed", "backend", "report", "plot", "nn", "functional", "calibrate"),
     *("set_gates", "sample_gates"),
     *("QPruneError", "UnsupportedLayerError", "InfeasibleBudgetError", "PolicyMismatchError", "CheckpointError", "NonFiniteError"),
-    "ExportError",
-    "recalibrate",
+    *("ExportError", "fold", "recalibrate"),
     "__version__",
 ]
 ERRORS = [name for name in NAMES if name.endswith("Error")]

@@ -15,10 +15,11 @@ from qprune.space import FLOAT, PRUNED
 
 
 class StoredWeightQuantizer(WeightQuantizer):
-    """Of a weight [F, …] that was read from a file of codes: the quantized value is the weight itself, in every stage and mode. Bit for bit
-    that of the network that was stored, also where ranges were taken from a latent weight, which the file lacks.
+    """Of a weight [F, …] that was read from a file of codes, or that a normalisation was folded into: the quantized value is the weight
+    itself, in every stage and mode. Bit for bit that of the network that was stored, also where ranges were taken from a latent weight,
+    which the file lacks.
 
-    scale  [F] float32, buffer: the step of each filter; 0 for filters of 0 and 32 bits
+    scale  [F] float32, buffer: the step of each filter, negative where folding turned the sign; 0 for filters of 0 and 32 bits
     """
 
     scale: Tensor
@@ -32,15 +33,18 @@ class StoredWeightQuantizer(WeightQuantizer):
 
     @property
     def log_range(self) -> Tensor:  # type: ignore[override]
-        """[F, K] float32, from the scales; only that of a filter's own bits means anything."""
+        """[F, K] float32, from the scales, without their signs; only that of a filter's own bits means anything."""
+        return self._products().abs().clamp_min(TINY).log()
+
+    def _products(self) -> Tensor:
         steps = torch.tensor([0.0 if b in (PRUNED, FLOAT) else n for b, n in zip(self.bits, self.steps, strict=True)])
-        return (self.scale.float().unsqueeze(1) * steps.to(self.scale.device)).clamp_min(TINY).log()
+        return self.scale.float().unsqueeze(1) * steps.to(self.scale.device)
 
     def start(self, weight: Tensor) -> None:
         """Nothing: nothing is taken from the weight."""
 
     def ranges(self, weight: Tensor, learned: Tensor | None = None) -> Tensor:
-        return self.learned_range() if learned is None else learned
+        return self._products()
 
     def forward(self, weight: Tensor, p: Tensor, picks: Sequence[int] | None = None, groups: Sequence[int] | None = None) -> Tensor:
         return weight
