@@ -31,6 +31,7 @@ from qprune.errors import (
     UnsupportedLayerError,
 )
 from qprune.export.packed import load_packed, save_packed
+from qprune.export.qonnx import export_qonnx
 from qprune.folding import fold
 from qprune.gates import sample_gates, set_gates
 from qprune.groups import channel_groups
@@ -63,6 +64,7 @@ __all__ = [
     "channel_groups",
     "convert",
     "cost",
+    "export_qonnx",
     "fold",
     "functional",
     "load",
