@@ -13,6 +13,7 @@ from qprune.errors import QPruneError
 from qprune.search.driver import METHODS
 from qprune.space import SearchSpace
 from qprune.tasks import data, models
+from qprune.tasks.sources import Sources
 
 
 class OptionError(QPruneError, ValueError):
@@ -23,7 +24,11 @@ class OptionError(QPruneError, ValueError):
 class RunOptions:
     """A search run from float training to the report.
 
-    data, model         a data set and a network of qprune.tasks
+    data, model         a data set and a network of qprune.tasks, or module:function (see qprune.tasks.own); for networks also
+                        torchvision:name and timm:name
+    data_dir            the folder with the data's files, where there are any
+    data_options        further arguments of the data's function, by name
+    weights             a file with the network's weights, which float training then begins with
     budget              "w3a3", "2%", "bops=w4a4,size=20%" (see Budget)
     method              a search method
     w_bits, a_bits      candidates of every layer but the first and the last; () for the method's own (`Method.default_bits`)
@@ -65,10 +70,12 @@ class RunOptions:
     quantizer: str = ""
     loop: str = "steps"
     method_options: Mapping[str, Any] = field(default_factory=dict)
+    data_dir: str = ""
+    data_options: Mapping[str, Any] = field(default_factory=dict)
+    weights: str = ""
 
     def __post_init__(self) -> None:
-        self._one_of("data", data.names())
-        self._one_of("model", models.names())
+        check_sources(self)
         self._one_of("method", tuple(METHODS))
         self._one_of("convention", tuple(CONVENTIONS))
         for name in ("w_bits", "a_bits"):
@@ -127,6 +134,18 @@ class RunOptions:
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as YAML and JSON hold them."""
         return {name: plain(value) for name, value in dataclasses.asdict(self).items()}
+
+
+def check_sources(options: Sources) -> None:
+    """Raises OptionError for data and networks that have neither a known name nor the form of one; imports and opens nothing."""
+    for name, value, known in (("data", options.data, data), ("model", options.model, models)):
+        if not known.is_known(value):
+            raise OptionError(f"{name}: {value!r} is unknown; expected one of {', '.join(known.forms())}")
+
+
+def without_empty_sources(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Without data_dir, data_options and weights where they say nothing: folders from before they existed can then be gone on with."""
+    return {name: value for name, value in values.items() if value or name not in ("data_dir", "data_options", "weights")}
 
 
 def plain(value: Any) -> Any:

@@ -29,7 +29,7 @@ from qprune.policy import Policy
 from qprune.recipes import BitRecipe, recipe_for
 from qprune.search.driver import METHODS
 from qprune.study.floats import trained_once
-from qprune.tasks import data, models
+from qprune.tasks.sources import network_of, task_of
 from qprune.tasks.train import fit
 
 _STREAM = 1_000_003  # batches after the float network's training: the same for all cells of a seed
@@ -39,7 +39,7 @@ RESULT = "result.json"
 class Silent:
     """A watcher of Experiment that shows nothing."""
 
-    def phase(self, name: str, seed: int, steps: int) -> None: ...
+    def phase(self, name: str, seed: int, steps: int, done: int = 0) -> None: ...
     def step(self, values: Mapping[str, float]) -> None: ...
     def epoch(self, values: Mapping[str, Any]) -> None: ...
 
@@ -63,8 +63,8 @@ class Comparison:
 
     def __init__(self, options: CompareOptions, folder: Path) -> None:
         self.options, self.folder = options, folder
-        self.task = data.load(options.data)
-        self.example = self.task.train.x[:2]
+        self.task = task_of(options)
+        self.example = self.task.example()
         self.cells = options.cells()
         self.targets = {budget: self._target(budget) for budget in options.budgets}
 
@@ -96,7 +96,7 @@ class Comparison:
         """Train for a step, so that what a process does only once (imports, loading kernels) is not measured with its first cell."""
         with torch.random.fork_rng():
             net = self._network()
-            batch = (self.task.train.x[: self.options.batch_size], self.task.train.y[: self.options.batch_size])
+            batch = next(iter(self.task.loader("train", self.options.batch_size)))
             quantized = self._baseline("uniform", self.options.budgets[0]).at_bits(net, 3, 3, [batch[0]])
             for model in (net, quantized):
                 fit(model, [batch], 1)
@@ -180,7 +180,7 @@ class Comparison:
         return recipe
 
     def _network(self) -> nn.Module:
-        return models.for_task(self.options.model, self.task)
+        return network_of(self.options, self.task)
 
     def float_network(self, seed: int) -> tuple[nn.Module, str]:
         """The trained float network of a seed and a digest of its tensors. What it took, and its accuracy, is in float-<seed>.json."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qprune.budget import Budget
-from qprune.options import OptionError, RunOptions, plain
+from qprune.options import OptionError, RunOptions, plain, without_empty_sources
 from qprune.search.driver import METHODS
 
 BASELINES = ("uniform", "uniform-above", "prune-then-quantize")
@@ -30,7 +30,7 @@ def methods() -> tuple[str, ...]:
 class CompareOptions:
     """Methods and baselines at some budgets, with some seeds.
 
-    data, model      a data set and a network of qprune.tasks
+    data, model      a data set and a network; these, data_dir, data_options and weights as in RunOptions
     budgets          of bit operations, size, or both (see Budget)
     methods          search methods and baselines (see `methods`); "uniform" is what the others are compared with
     seeds, seed      number of seeds, and the first; the data split is the same for all
@@ -61,6 +61,9 @@ class CompareOptions:
     edge_bits: int = 8
     convention: str = "product"
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    data_dir: str = ""
+    data_options: Mapping[str, Any] = field(default_factory=dict)
+    weights: str = ""
 
     def __post_init__(self) -> None:
         for name, given in (("budgets", self.budgets), ("methods", self.methods)):
@@ -115,7 +118,7 @@ class CompareOptions:
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as YAML and JSON hold them."""
         values = {name: plain(value) for name, value in dataclasses.asdict(self).items()}
-        return {**values, "settings": {method: dict(self.settings.get(method, {})) for method in self.methods}}
+        return {**without_empty_sources(values), "settings": {method: dict(self.settings.get(method, {})) for method in self.methods}}
 
 
 def _as_tuple(value: Any) -> Any:

@@ -18,8 +18,8 @@ from qprune.policy import LayerBits, Policy
 from qprune.prepare import calibrate, prepare
 from qprune.study.grid import Point, assigned, partitions, width_grid
 from qprune.study.options import StudyOptions
-from qprune.tasks import models
-from qprune.tasks.data import Task
+from qprune.tasks.sources import network_of
+from qprune.tasks.task import Task
 
 INPUT_BITS = 8  # of the image, as Zur et al. count it
 CALIBRATION_BATCHES = 4
@@ -35,11 +35,11 @@ class Kind(ABC):
 
     def __init__(self, options: StudyOptions, task: Task) -> None:
         self.options, self.task = options, task
-        self.example = task.train.x[:2]
+        self.example = task.example()
 
     def float_network(self) -> nn.Module:
         """A new float network, initialised from torch's global generator."""
-        return models.for_task(self.options.model, self.task)
+        return network_of(self.options, self.task)
 
     @abstractmethod
     def points(self) -> list[Point]:

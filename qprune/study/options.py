@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from qprune.conventions import CONVENTIONS
-from qprune.options import OptionError, plain
+from qprune.options import OptionError, check_sources, plain, without_empty_sources
 from qprune.space import SearchSpace
-from qprune.tasks import data, models
 
 KINDS = ("bits", "widths")
 
@@ -19,7 +19,7 @@ class StudyOptions:
     """A grid of configurations times seeds.
 
     kind                 "bits": all shares of one layer's filters between candidate bits; "widths": one width ratio per stage
-    data, model          a data set and a network of qprune.tasks
+    data, model, data_dir, data_options, weights   see RunOptions
     layer, pairs, step   bits: the layer, its candidates (weight bits, bits of the activation it produces), how many filters move at once
     others               bits: the pair of all other convolutions
     ratios               widths: the share of filters that a stage may keep
@@ -50,9 +50,13 @@ class StudyOptions:
     input_quantizer: str = "nice"
     convention: str = "zur"
     threshold: float = 1.0
+    data_dir: str = ""
+    data_options: Mapping[str, Any] = field(default_factory=dict)
+    weights: str = ""
 
     def __post_init__(self) -> None:
-        for name, known in (("kind", KINDS), ("data", data.names()), ("model", models.names()), ("convention", tuple(CONVENTIONS))):
+        check_sources(self)
+        for name, known in (("kind", KINDS), ("convention", tuple(CONVENTIONS))):
             if getattr(self, name) not in known:
                 raise OptionError(f"{name}: {getattr(self, name)!r} is unknown; expected one of {', '.join(known)}")
         for name in ("step", "seeds", "float_epochs", "epochs", "batch_size", "float_lr", "lr", "threshold"):
@@ -81,4 +85,5 @@ class StudyOptions:
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as YAML and JSON hold them; only those that matter for this kind."""
         unused = {"bits": ("ratios",), "widths": ("layer", "pairs", "step", "others", "weight_quantizer", "input_quantizer", "convention")}
-        return {name: plain(value) for name, value in dataclasses.asdict(self).items() if name not in unused[self.kind]}
+        values = {name: plain(value) for name, value in dataclasses.asdict(self).items() if name not in unused[self.kind]}
+        return without_empty_sources(values)

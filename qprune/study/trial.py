@@ -15,7 +15,7 @@ from qprune.study.floats import trained_once
 from qprune.study.grid import Point
 from qprune.study.kinds import KINDS, Kind
 from qprune.study.options import StudyOptions
-from qprune.tasks import data
+from qprune.tasks.sources import task_of
 from qprune.tasks.train import evaluate, fit
 
 _STREAMS = 1_000_003  # more than a grid has points: every (seed, point) has a stream of random numbers of its own
@@ -26,7 +26,7 @@ class Bench:
 
     def __init__(self, options: StudyOptions, folder: Path, kind: Kind | None = None) -> None:
         self.options, self.folder = options, folder
-        self.task = data.load(options.data) if kind is None else kind.task
+        self.task = task_of(options) if kind is None else kind.task
         self.kind = KINDS[options.kind](options, self.task) if kind is None else kind
         self.points: list[Point] = self.kind.points()
 

@@ -1,6 +1,8 @@
-"""The known data sets, small enough to live in memory, by name.
+"""The known data sets by name, and the user's own.
 
 task = load("digits", seed=0)
+task = load("imagefolder", directory="/data/flowers", image_size=128)
+task = load("my_package.my_module:my_function")
 for x, y in task.loader("train", 64, generator=torch.Generator().manual_seed(1)):
     ...
 """
@@ -9,13 +11,34 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
+from . import own
+from .cifar import cifar, cifar10, cifar100
 from .digits import digits
-from .task import DataError, Loader, Split, Task, stratified
+from .imagefolder import imagefolder
+from .task import Batches, DataError, Loader, Part, Split, Task, stratified
 
-__all__ = ["DataError", "Loader", "Split", "Task", "digits", "load", "names", "stratified", "synthetic"]
+__all__ = [
+    "Batches",
+    "DataError",
+    "Loader",
+    "Part",
+    "Split",
+    "Task",
+    "cifar10",
+    "cifar100",
+    "digits",
+    "forms",
+    "imagefolder",
+    "is_known",
+    "load",
+    "names",
+    "stratified",
+    "synthetic",
+]
 
 
 def synthetic(
@@ -38,22 +61,43 @@ def synthetic(
     return Task("synthetic", in_channels, image_size, num_classes, split(train), split(val), split(test))
 
 
-def _factories() -> dict[str, Callable[..., Task]]:
-    return {"digits": digits, "synthetic": synthetic}
+_FACTORIES: dict[str, Callable[..., Task]] = {
+    "digits": digits,
+    "synthetic": synthetic,
+    "cifar10": cifar10,
+    "cifar100": cifar100,
+    "imagefolder": imagefolder,
+}
+_KEYWORDS = {"cifar10": cifar, "cifar100": cifar}  # whose options are those of another function
 
 
 def names() -> tuple[str, ...]:
     """The known data sets."""
-    return tuple(_factories())
+    return tuple(_FACTORIES)
 
 
-def load(name: str, seed: int = 0, **options: object) -> Task:
-    """Data set `name`; `seed` fixes its split (or its noise), `options` are keywords of its function."""
-    factories = _factories()
-    if name not in factories:
-        raise DataError(f"unknown data set {name!r}; known: {', '.join(factories)}")
-    known = [key for key in inspect.signature(factories[name]).parameters if key != "seed"]
+def forms() -> tuple[str, ...]:
+    """What `load` takes: the known data sets, and the form of the user's own."""
+    return (*_FACTORIES, "module:function")
+
+
+def is_known(name: str) -> bool:
+    """Is it a known data set, or of the form module:function? Imports nothing."""
+    return name in _FACTORIES or own.is_reference(name)
+
+
+def load(name: str, seed: int = 0, **options: Any) -> Task:
+    """Data set `name`; `seed` fixes its split (or its noise), `options` are keywords of its function.
+
+    "module:function" calls the user's function; see `qprune.tasks.own`.
+    """
+    if not is_known(name):
+        raise DataError(f"unknown data set {name!r}; known: {', '.join(forms())}")
+    if name not in _FACTORIES:
+        return own.task(name, seed, options)
+    parameters = inspect.signature(_KEYWORDS.get(name, _FACTORIES[name])).parameters
+    known = [key for key, parameter in parameters.items() if parameter.kind is parameter.KEYWORD_ONLY]
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise DataError(f"data set {name!r} has no option {', '.join(unknown)}; its options: {', '.join(known)}")
-    return factories[name](seed, **options)
+    return _FACTORIES[name](seed, **options)

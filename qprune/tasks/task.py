@@ -1,25 +1,51 @@
-"""A task: three splits of labelled images, and how batches are drawn from them."""
+"""A task: three parts of labelled images, and how batches are drawn from them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ..kernels import QPruneError
+from .order import DataError, Order
+
+__all__ = ["Augment", "Batches", "DataError", "Loader", "Part", "Split", "Task", "stratified"]
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 
 
-class DataError(QPruneError, ValueError):
-    """An unknown data set or part, an impossible option, or a package that the data set needs and that is missing."""
+class Batches(Protocol):
+    """A loader: a known number of batches (x [B, C, H, W] float32, y [B] int64), afresh on every pass."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
+    def __len__(self) -> int: ...
+
+
+class Part(Protocol):
+    """One part of a data set, wherever its images are."""
+
+    def __len__(self) -> int: ...
+
+    def example(self, count: int) -> Tensor:
+        """The first images as a network gets them, x [count, C, H, W], not augmented."""
+
+    def divided(self, fractions: Sequence[float], seed: int) -> Sequence[Part]:
+        """Disjoint parts that hold these fractions, and together everything; class proportions are kept where labels are known."""
+
+    def to(self, device: torch.device | str) -> Part:
+        """The same part, whose batches come on `device`."""
+
+    def loader(
+        self, batch_size: int, generator: torch.Generator | None, augment: Augment | None, drop_last: bool, shard: tuple[int, int]
+    ) -> Batches:
+        """Batches as `Task.loader` describes them. Parts that augment in ways of their own do so if `augment` is not None."""
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """One part of a data set: x [N, C, H, W] float32, y [N] int64. Indexing gives (x, y), so torch's DataLoader takes it too."""
+    """A part in memory: x [N, C, H, W] float32, y [N] int64. Indexing gives (x, y), so torch's DataLoader takes it too."""
 
     x: Tensor
     y: Tensor
@@ -32,6 +58,17 @@ class Split:
 
     def to(self, device: torch.device | str) -> Split:
         return Split(self.x.to(device), self.y.to(device))
+
+    def example(self, count: int) -> Tensor:
+        return self.x[:count]
+
+    def divided(self, fractions: Sequence[float], seed: int) -> list[Split]:
+        return [Split(*self[index]) for index in stratified(self.y, fractions, seed)]
+
+    def loader(
+        self, batch_size: int, generator: torch.Generator | None, augment: Augment | None, drop_last: bool, shard: tuple[int, int]
+    ) -> Loader:
+        return Loader(self, batch_size, generator, augment, drop_last, shard)
 
 
 @dataclass
@@ -52,33 +89,23 @@ class Loader:
     shard: tuple[int, int] = (0, 1)
 
     def __post_init__(self) -> None:
-        rank, ranks = self.shard
-        if self.batch_size < 1:
-            raise DataError(f"batch_size must be at least 1, got {self.batch_size}")
-        if not 0 <= rank < ranks:
-            raise DataError(f"shard must be (rank, ranks) with 0 <= rank < ranks, got {self.shard}")
-        if len(self) == 0:
-            raise DataError(f"no batch of {self.batch_size} in {len(self.split)} samples over {ranks} ranks (drop_last={self.drop_last})")
+        self.order = Order(len(self.split), self.batch_size, self.generator, self.drop_last, self.shard)
 
     def __len__(self) -> int:
-        samples = len(self.split) // self.shard[1]
-        return samples // self.batch_size if self.drop_last else -(-samples // self.batch_size)
+        return len(self.order)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        rank, ranks = self.shard
-        total = len(self.split)
-        generator = None
-        order = torch.arange(total)
-        if self.generator is not None:
-            seed = int(torch.randint(2**62, (), generator=self.generator, device=self.generator.device))
-            generator = torch.Generator().manual_seed(seed)
-            order = torch.randperm(total, generator=generator)
-        order = order[rank : total // ranks * ranks : ranks].to(self.split.x.device)
-        for index in order.split(self.batch_size)[: len(self)]:
-            x, y = self.split[index]
+        batches, generator = self.order.draw()
+        for index in batches:
+            x, y = self.split[index.to(self.split.x.device)]
             if generator is not None and self.augment is not None:
                 x = self.augment(x, generator)
             yield x.contiguous(memory_format=torch.channels_last), y
+
+
+def unchanged(x: Tensor, generator: torch.Generator) -> Tensor:
+    """No augmentation."""
+    return x
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,46 +119,50 @@ class Task:
     in_channels: int
     image_size: int
     num_classes: int
-    train: Split
-    val: Split
-    test: Split
+    train: Part
+    val: Part
+    test: Part
     augment: Augment | None = None
 
-    def part(self, name: str) -> Split:
-        if name not in ("train", "val", "test"):
+    def part(self, name: str) -> Part:
+        parts = {"train": self.train, "val": self.val, "test": self.test}
+        if name not in parts:
             raise DataError(f"unknown part {name!r} of {self.name}; parts: train, val, test")
-        split: Split = getattr(self, name)
-        return split
+        return parts[name]
 
     def loader(
         self,
-        part: str | Split,
+        part: str | Part,
         batch_size: int,
         generator: torch.Generator | None = None,
         augment: bool | None = None,
         *,
         drop_last: bool = False,
         shard: tuple[int, int] = (0, 1),
-    ) -> Loader:
-        """Batches of "train", "val", "test" or of a split such as a training half.
+    ) -> Batches:
+        """Batches of "train", "val", "test" or of a part such as a training half.
 
         Shuffled if a generator is given. augment=None augments exactly when a generator is given and `part` is neither "val" nor
-        "test"; a split is taken to be training data.
+        "test"; a part that is no name is taken to be training data.
         """
-        split = part if isinstance(part, Split) else self.part(part)
+        chosen = self.part(part) if isinstance(part, str) else part
         if augment is None:
             augment = generator is not None and part not in ("val", "test")
         if augment and generator is None:
             raise DataError("augmentation draws random numbers: give the loader a generator")
-        return Loader(split, batch_size, generator, self.augment if augment else None, drop_last, shard)
+        return chosen.loader(batch_size, generator, (self.augment or unchanged) if augment else None, drop_last, shard)
 
-    def train_halves(self, seed: int = 0) -> tuple[Split, Split]:
+    def example(self, count: int = 2) -> Tensor:
+        """The first training images as a network gets them, x [count, C, H, W], not augmented."""
+        return self.train.example(count)
+
+    def train_halves(self, seed: int = 0) -> tuple[Part, Part]:
         """Two disjoint stratified halves of train: for bilevel searches, weights learn on the first and logits on the second."""
-        first, second = stratified(self.train.y, (0.5, 0.5), seed)
-        return Split(*self.train[first]), Split(*self.train[second])
+        first, second = self.train.divided((0.5, 0.5), seed)
+        return first, second
 
     def to(self, device: torch.device | str) -> Task:
-        """The same task with its tensors on `device`; generators stay on the CPU."""
+        """The same task with its batches on `device`; generators stay on the CPU."""
         return replace(self, train=self.train.to(device), val=self.val.to(device), test=self.test.to(device))
 
 

@@ -1,0 +1,232 @@
+"""Parts whose images are read and transformed while they are used, by worker processes.
+
+    part = Images(reader, labels, transforms)
+
+What a batch holds depends on the seed of its pass alone: every image is augmented with random numbers of its own, whichever worker does
+it, however many there are.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from .order import DataError, Order
+from .prefetch import prefetched
+from .task import Augment, stratified
+
+log = logging.getLogger("qprune")
+
+Transform = Callable[[Any], Tensor]
+
+
+class DamagedImageError(DataError):
+    """One image that cannot be read."""
+
+
+class Reader(Protocol):
+    """Images by number, read from wherever they are. It is copied to worker processes."""
+
+    def image(self, index: int) -> Any:
+        """What transforms take: a PIL image, or a tensor [C, H, W] uint8. Raises DamagedImageError."""
+
+    def name(self, index: int) -> str:
+        """What the image is called in messages."""
+
+
+@dataclass(frozen=True)
+class Transforms:
+    """plain and augmented make [C, S, S] uint8 tensors of one size from what a reader gives; augmented draws from torch's global generator.
+    finish makes a batch of them the float32 input of a network, on the device."""
+
+    plain: Transform
+    augmented: Transform
+    finish: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Normalise:
+    """uint8 [N, C, H, W] in 0 … 255 → float32 in channels_last, (x / 255 − mean) / std per channel."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        mean, std = (torch.tensor(values, device=x.device).view(1, -1, 1, 1) * 255 for values in (self.mean, self.std))
+        return ((x.float() - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+@dataclass
+class Damage:
+    """Images that could not be read, by name, and how many of them are too many."""
+
+    limit: int = 0
+    names: dict[str, str] = field(default_factory=dict)
+
+    def add(self, name: str, reason: str) -> None:
+        """Raises DataError for the first image beyond the limit."""
+        if name in self.names:
+            return
+        self.names[name] = reason
+        if len(self.names) > self.limit:
+            worst = "; ".join(f"{name}: {reason}" for name, reason in list(self.names.items())[-5:])
+            raise DataError(f"{len(self.names)} damaged images, {self.limit} allowed (option max_damaged). The last: {worst}")
+        log.warning("skipped damaged image %d of at most %d: %s: %s", len(self.names), self.limit, name, reason)
+
+
+def automatic_workers() -> int:
+    """One process less than there are processors, at most 8; none where there is one processor."""
+    return min(8, len(os.sched_getaffinity(0)) - 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """A part read while it is used.
+
+    index   [N] ints, which of the reader's images
+    y       [N] int64, their labels
+    workers processes that read and transform; 0 for none but this one
+    damage  counts images that cannot be read. In shuffled batches the next one of the part that can be read takes their place; other
+            batches are smaller, and one without any image is left out
+    """
+
+    reader: Reader
+    index: Tensor
+    y: Tensor
+    transforms: Transforms
+    workers: int = 0
+    damage: Damage = field(default_factory=Damage)
+    device: str = "cpu"
+
+    def __len__(self) -> int:
+        return self.y.shape[0]
+
+    def subset(self, chosen: Tensor) -> Images:
+        """Those at the given places."""
+        return replace(self, index=self.index[chosen], y=self.y[chosen])
+
+    def divided(self, fractions: Sequence[float], seed: int) -> list[Images]:
+        return [self.subset(chosen) for chosen in stratified(self.y, fractions, seed)]
+
+    def to(self, device: torch.device | str) -> Images:
+        return replace(self, device=str(device))
+
+    def example(self, count: int) -> Tensor:
+        found: list[Tensor] = []
+        for batch in range(0, len(self), count):
+            found += self.subset(torch.arange(batch, min(batch + count, len(self))))._now()
+            if len(found) >= count:
+                break
+        if not found:
+            raise DataError(f"none of the {len(self)} images can be read")
+        return self.transforms.finish(torch.stack(found[:count]).to(self.device))
+
+    def _now(self) -> list[Tensor]:
+        x, _, damaged = _Pass(self, [torch.arange(len(self))])[0]
+        for name, reason in damaged:
+            self.damage.add(name, reason)
+        return list(x)
+
+    def loader(
+        self, batch_size: int, generator: torch.Generator | None, augment: Augment | None, drop_last: bool, shard: tuple[int, int]
+    ) -> ImageLoader:
+        return ImageLoader(self, Order(len(self), batch_size, generator, drop_last, shard), augment is not None)
+
+
+@dataclass
+class ImageLoader:
+    """Batches of `Images`, as `Loader` gives them of a split: x [B, C, S, S] float32 in channels_last, y [B] int64, on the device."""
+
+    part: Images
+    order: Order
+    augment: bool = False
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.following(0)
+
+    def following(self, done: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """A pass without its first `done` batches, which are drawn, but not read."""
+        batches, drawn = self.order.draw()
+        seeds = None
+        if drawn is not None and self.augment:
+            seeds = torch.randint(2**32, (self.order.total,), generator=drawn)
+        dataset = _Pass(self.part, batches[done:], seeds, replace=drawn is not None)
+        for x, y in prefetched(self._read(dataset), torch.device(self.part.device)):
+            yield self.part.transforms.finish(x), y
+
+    def _read(self, dataset: _Pass) -> Iterator[tuple[Tensor, Tensor]]:
+        loader = DataLoader(
+            dataset,
+            batch_size=None,
+            num_workers=self.part.workers,
+            collate_fn=_as_it_is,
+            generator=torch.Generator(),  # else a pass would take a number from the global one
+            pin_memory=torch.device(self.part.device).type == "cuda",
+        )
+        for x, y, damaged in loader:
+            for name, reason in damaged:
+                self.part.damage.add(name, reason)
+            if len(y):
+                yield x, y
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
+class _Pass(Dataset[tuple[Tensor, Tensor, list[tuple[str, str]]]]):
+    """Item i is the i-th batch of a pass: (x uint8 [B, C, S, S], y [B], [(name, reason)] of images that cannot be read).
+
+    seeds    [N] one per image of the part, to augment with; None for plain images
+    replace  put another image in the place of one that cannot be read
+    """
+
+    def __init__(self, part: Images, batches: list[Tensor], seeds: Tensor | None = None, replace: bool = False) -> None:
+        self.part, self.chosen, self.seeds, self.replace = part, batches, seeds, replace
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
+        images, labels = [], []
+        damaged: dict[str, str] = {}
+        generator = torch.default_generator
+        before = generator.get_state()
+        try:
+            for place in self.chosen[number].tolist():
+                found = self._image(place, damaged)
+                if found is not None:
+                    images.append(found[0])
+                    labels.append(found[1])
+        finally:
+            generator.set_state(before)
+        if not images:
+            return torch.empty(0), torch.empty(0, dtype=torch.int64), list(damaged.items())
+        return torch.stack(images), torch.stack(labels), list(damaged.items())
+
+    def _image(self, place: int, damaged: dict[str, str]) -> tuple[Tensor, Tensor] | None:
+        part = self.part
+        attempts = min(len(part), part.damage.limit + 1) if self.replace else 1
+        for attempt in range(attempts):
+            at = (place + attempt) % len(part)
+            index = int(part.index[at])
+            try:
+                image = part.reader.image(index)
+            except DamagedImageError as error:
+                damaged[part.reader.name(index)] = str(error)
+                continue
+            if self.seeds is None:
+                return part.transforms.plain(image), part.y[at]
+            torch.default_generator.manual_seed(int(self.seeds[place]))
+            return part.transforms.augmented(image), part.y[at]
+        return None

@@ -1,0 +1,45 @@
+"""Data and network of a run, from the options that name them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from torch import nn
+
+from . import data, models
+from .task import Task
+from .weights import load_weights
+
+
+class Sources(Protocol):
+    """The options that name data and network.
+
+    data, data_dir, data_options   a data set or module:function, the folder with its files, further arguments of its function
+    model, weights                 a network or module:function, and a file with its weights
+    """
+
+    @property
+    def data(self) -> str: ...
+    @property
+    def data_dir(self) -> str: ...
+    @property
+    def data_options(self) -> Mapping[str, Any]: ...
+    @property
+    def model(self) -> str: ...
+    @property
+    def weights(self) -> str: ...
+
+
+def task_of(options: Sources, seed: int = 0) -> Task:
+    """The data; `seed` draws what is not divided yet."""
+    folder = {"directory": options.data_dir} if options.data_dir else {}
+    return data.load(options.data, seed, **{**folder, **options.data_options})
+
+
+def network_of(options: Sources, task: Task) -> nn.Module:
+    """The network, with the weights of the file, or random ones from torch's global generator."""
+    net = models.for_task(options.model, task)
+    if options.weights:
+        load_weights(net, options.weights)
+    return net
