@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from qprune.convert import convert
 from qprune.errors import CheckpointError, PolicyMismatchError, SpaceError
 from qprune.files import write_atomically
+from qprune.folding import folded, refold
 from qprune.geometry import Unit, weighted_layers
 from qprune.nn.activation import QuantActivation
 from qprune.nn.codebook import blank_codebook, codebook_layers
@@ -43,8 +44,8 @@ def policy_of(model: nn.Module) -> Policy:
 
 
 def structure_of(model: nn.Module) -> dict[str, str]:
-    """What `rebuild` needs besides the function that builds the float network: policy, quantizers and codebooks, as JSON. Raises
-    CheckpointError for a model that is still being searched."""
+    """What `rebuild` needs besides the function that builds the float network: policy, quantizers, codebooks and folded normalisations, as
+    JSON. Raises CheckpointError for a model that is still being searched."""
     inner = unwrap(model)
     mixed = next((name for name, layer in weighted_layers(inner) if isinstance(layer, Mixing)), None)
     if mixed is not None:
@@ -54,6 +55,8 @@ def structure_of(model: nn.Module) -> dict[str, str]:
     codebooks = {name: layer.settings for name, layer in codebook_layers(inner)}
     if codebooks:
         header["codebooks"] = json.dumps(codebooks)
+    if folded(inner):
+        header["folded"] = json.dumps(folded(inner))
     return header
 
 
@@ -61,7 +64,8 @@ def save(model: nn.Module, path: str | Path) -> None:
     """Write a converted (or float) model: its tensors, and in the header its policy and quantizers. The write is atomic; raises
     CheckpointError where the folder cannot be written, for a model that is still being searched, and for one of packed codes."""
     inner = unwrap(model)
-    if any(isinstance(module, StoredWeightQuantizer | StoredUniqWeightQuantizer) for module in inner.modules()):
+    known, stored = folded(inner), StoredWeightQuantizer | StoredUniqWeightQuantizer
+    if any(isinstance(q, stored) and name.removesuffix(".weight_quantizer") not in known for name, q in inner.named_modules()):
         raise CheckpointError("save: the network was read from packed codes and has no latent weights; write it with save_packed")
     header = {"format": "qprune", "version": str(FORMAT), **structure_of(model)}
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in inner.state_dict().items()}
@@ -110,10 +114,11 @@ def rebuild(header: Mapping[str, str], build: Callable[[], nn.Module], path: str
         policy = Policy.from_json(header["policy"])
         spaces = {name: SearchSpace(**names) for name, names in json.loads(header["quantizers"]).items()}
         codebooks = {name: dict(settings) for name, settings in json.loads(header.get("codebooks", "{}")).items()}
+        folds = {name: dict(settings) for name, settings in json.loads(header.get("folded", "{}")).items()}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"cannot read {path}: its header is damaged ({type(error).__name__}: {error})") from None
     try:
-        return _with_codebooks(convert(build(), policy, spaces), codebooks)
+        return refold(_with_codebooks(convert(build(), policy, spaces), codebooks), folds)
     except (PolicyMismatchError, SpaceError, RuntimeError, TypeError) as error:
         raise CheckpointError(f"{path} does not fit this network: {' '.join(str(error).split())}") from None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +15,24 @@ from lookalikes.idioms import BatchNormAct2d
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from qprune import Policy, SearchSpace, UnsupportedLayerError, calibrate, convert, fold, prepare
+from qprune import (
+    CheckpointError,
+    Policy,
+    SearchSpace,
+    UnsupportedLayerError,
+    calibrate,
+    convert,
+    fold,
+    load,
+    load_packed,
+    prepare,
+    save,
+    save_packed,
+)
 from qprune.codes import weight_codes
 from qprune.cost import cost, geometry_of
 from qprune.errors import InputError
+from qprune.export.onnx import export_onnx
 from qprune.geometry import weighted_layers
 from qprune.nn import QuantConv2d, QuantLinear, integer
 from qprune.nn.codebook import to_codebook
@@ -274,6 +289,50 @@ def test_two_norms_of_one_layer_stay() -> None:
     done = fold(net, X)
     assert norms(done) == ["norm", "norm2"]
     assert_same_outputs(done, net, X, 0)
+
+
+@pytest.mark.parametrize("name", ["resnet_basic", "vgg_bn", "antialiased"])
+def test_files_of_folded_networks(name: str, tmp_path: Path) -> None:
+    model = calibrate(prepare(build(name), SearchSpace(BITS, (4, 8), granularity="filter"), example_inputs=X), [X])
+    layers = {
+        layer: LayerBits(tuple(BITS[1 + f % 7] for f in range(shape.filters)), 8) for layer, shape in geometry_of(model).layers.items()
+    }
+    done = fold(convert(model.eval(), Policy(layers, geometry_of(model))), X)
+    for write, read in ((save, load), (save_packed, load_packed)):
+        write(done, tmp_path / "file")
+        back = read(tmp_path / "file", lambda: LOOKALIKES[name]()).eval()
+        assert not norms(back)
+        assert all(torch.equal(a, b) for a, b in zip(tensors(back(X)), tensors(done(X)), strict=True))
+    with pytest.raises(CheckpointError):
+        read(tmp_path / "file", lambda: nn.Sequential(nn.Conv2d(3, 4, 3)))
+
+
+def test_float_networks_too(tmp_path: Path) -> None:
+    net = build("mobilenet_v2")
+    done = fold(net, X)
+    assert not norms(done)
+    save(done, tmp_path / "file")
+    back = load(tmp_path / "file", LOOKALIKES["mobilenet_v2"]).eval()
+    assert torch.equal(back(X), done(X))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_onnxruntime_takes_negative_scales(bits: int, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    second = QuantConv2d(16, 8, 3, w_bits=bits, a_bits=8)
+    net = nn.Sequential(*unit("lsq", bits), nn.ReLU(), second, season(nn.BatchNorm2d(8))).eval()
+    calibrate(net, [X])
+    done = fold(net, X)
+    assert (weight_codes(done[0]).scale < 0).any()
+    export_onnx(done, tmp_path / "net.onnx", X)
+    expected = done(X).detach()
+    for level, tolerance in (("ORT_DISABLE_ALL", 1e-5), ("ORT_ENABLE_ALL", 0.02)):
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
+        session = onnxruntime.InferenceSession(tmp_path / "net.onnx", options, providers=["CPUExecutionProvider"])
+        (y,) = session.run(None, {session.get_inputs()[0].name: X.numpy()})
+        torch.testing.assert_close(torch.from_numpy(y), expected, rtol=tolerance, atol=tolerance)
 
 
 def test_only_those_that_are_named() -> None:
