@@ -67,7 +67,12 @@ class QDQParts(PlainParts):
 
 def _dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, kind: str, axis: int) -> Tensor:
     return ops.symbolic(
-        "DequantizeLinear", (codes, scale, zero_point), {"axis": axis} if scale.dim() else {}, dtype=torch.float32, shape=codes.shape, metadata_props={TYPE_KEY: kind}
+        "DequantizeLinear",
+        (codes, scale, zero_point),
+        {"axis": axis} if scale.dim() else {},
+        dtype=torch.float32,
+        shape=codes.shape,
+        metadata_props={TYPE_KEY: kind},
     )
 
 
@@ -98,11 +103,17 @@ class DequantizedWeight(nn.Module):
             column = (-1, *[1] * (codes.levels.dim() - 1))
             integers, scale = codes.levels - codes.zero_point.ceil().to(torch.int32).view(column), codes.scale
             middle = torch.where(between, 0.5 * scale, 0.0)[rows].view(column)
-        self.kind = f"INT{parts.use(bits)}"
+        width = parts.use(bits)
+        self.kind = f"INT{width}"
+        # where folding made a scale negative, the codes take over its sign, if their type has room: some runtimes want scales above 0
+        turned = (scale < 0) & (integers.flatten(1).amin(1) > -(2 ** (width - 1)))
+        if middle is None:
+            integers = torch.where(turned.view(-1, *[1] * (integers.dim() - 1)), -integers, integers)
+            scale = torch.where(turned, -scale, scale)
         # 0-bit filters have code 0; a scale of 0 is refused by some runtimes
         kept = {
             "codes": integers[rows].to(torch.int8),
-            "scale": torch.where(scale > 0, scale, 1.0)[rows],
+            "scale": torch.where(scale != 0, scale, 1.0)[rows],
             "zero_point": torch.zeros(int(rows.sum()), dtype=torch.int8),
             "middle": middle,
             "floats": None if codes.floats is None else codes.floats[~rows],
