@@ -24,15 +24,26 @@ app = typer.Typer(
 console = Console(soft_wrap=True)
 Out = Annotated[Path, typer.Option(help="Folder for the results.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a run that the folder already holds.")]
-Model = Annotated[str, typer.Option(help="A network of qprune.tasks: resnet8, resnet20, resnet56, thin_resnet, mobilenet, lenet5.")]
-Data = Annotated[str, typer.Option(help="A data set of qprune.tasks: digits, synthetic.")]
+Model = Annotated[
+    str,
+    typer.Option(
+        help="resnet8, resnet20, resnet56, thin_resnet, mobilenet, lenet5; torchvision:name, timm:name; or your own, module:function."
+    ),
+]
+Data = Annotated[str, typer.Option(help="digits, synthetic, cifar10, cifar100, imagefolder; or your own, module:function.")]
+DataDir = Annotated[str, typer.Option(help="Folder with the files of cifar10, cifar100 or imagefolder.")]
+DataOption = Annotated[list[str] | None, typer.Option("--data-option", help="An option of the data, name=value; may be repeated.")]
+Weights = Annotated[str, typer.Option(help="The network's weights to begin with: .safetensors, or a state_dict of torch.save.")]
 Threads = Annotated[int, typer.Option(help="CPU threads; 0 = as many as torch chooses.")]
 
 
 @app.command()
 def search(
     data: Data = "digits",
+    data_dir: DataDir = "",
+    data_option: DataOption = None,
     model: Model = "resnet8",
+    weights: Weights = "",
     budget: Annotated[str, typer.Option(help='"w3a3" (a uniform network), "2%" (of float), or bops=…,size=…,macs=….')] = "w3a3",
     method: Annotated[str, typer.Option(help="edmips, darts, zur, slimmable, sbs or annc.")] = "edmips",
     out: Out = Path("runs/search"),
@@ -64,7 +75,8 @@ def search(
 
     _set_threads(threads)
     options = RunOptions(
-        data=data, model=model, budget=budget, method=method, w_bits=arguments.bits(w_bits), a_bits=arguments.bits(a_bits),
+        data=data, data_dir=data_dir, data_options=arguments.settings(data_option or ()), model=model, weights=weights,
+        budget=budget, method=method, w_bits=arguments.bits(w_bits), a_bits=arguments.bits(a_bits),
         pairs=arguments.pairs(pairs), granularity=granularity, quantizer=quantizer, loop=loop,
         method_options=arguments.settings(setting or ()),
         edge_bits=edge_bits, float_epochs=float_epochs, search_epochs=search_epochs, finetune_epochs=finetune_epochs,
@@ -81,7 +93,10 @@ def search(
 @app.command()
 def compare(
     data: Data = "digits",
+    data_dir: DataDir = "",
+    data_option: DataOption = None,
     model: Model = "resnet8",
+    weights: Weights = "",
     budgets: Annotated[str, typer.Option(help='"w3a3,w2a2"; budgets with commas are separated by semicolons.')] = "w3a3,w2a2",
     methods: Annotated[
         str, typer.Option(help="Search methods, and uniform, uniform-above, prune-then-quantize, uniform-zur, uniform-sbs.")
@@ -111,7 +126,8 @@ def compare(
     from qprune.study.progress import StudyBar
 
     options = CompareOptions(
-        data=data, model=model, budgets=arguments.words(budgets), methods=arguments.words(methods), seeds=seeds, seed=seed,
+        data=data, data_dir=data_dir, data_options=arguments.settings(data_option or ()), model=model, weights=weights,
+        budgets=arguments.words(budgets), methods=arguments.words(methods), seeds=seeds, seed=seed,
         w_bits=arguments.bits(w_bits), a_bits=arguments.bits(a_bits), settings=arguments.method_settings(setting or ()),
         edge_bits=edge_bits, float_epochs=float_epochs, search_epochs=search_epochs, finetune_epochs=finetune_epochs,
         batch_size=batch_size, lr=lr, search_lr=search_lr, finetune_lr=finetune_lr, arch_lr=arch_lr, convention=convention,
@@ -129,7 +145,10 @@ def compare(
 @app.command()
 def study(
     data: Data = "digits",
+    data_dir: DataDir = "",
+    data_option: DataOption = None,
     model: Model = "resnet8",
+    weights: Weights = "",
     kind: Annotated[str, typer.Option(help="What varies: bits of one layer's filters, or widths of the stages.")] = "bits",
     layer: Annotated[str, typer.Option(help="bits: the layer whose filters are shared out between the pairs.")] = "conv1",
     pairs: Annotated[str, typer.Option(help="bits: candidates, weight/activation bits.")] = "2/2,3/3,4/4",
@@ -157,7 +176,8 @@ def study(
     from qprune.study.run import run
 
     options = StudyOptions(
-        kind=kind, data=data, model=model, layer=layer, pairs=arguments.pairs(pairs), step=step, others=arguments.pair(others),
+        data=data, data_dir=data_dir, data_options=arguments.settings(data_option or ()), model=model, weights=weights,
+        kind=kind, layer=layer, pairs=arguments.pairs(pairs), step=step, others=arguments.pair(others),
         ratios=arguments.numbers(ratios), seeds=seeds, seed=seed, float_epochs=float_epochs, epochs=epochs, batch_size=batch_size, lr=lr,
         weight_quantizer=quantizer, input_quantizer=quantizer, convention=convention,
     )  # fmt: skip
@@ -172,7 +192,10 @@ def study(
 @app.command()
 def train(
     data: Data = "digits",
+    data_dir: DataDir = "",
+    data_option: DataOption = None,
     model: Model = "resnet8",
+    weights: Weights = "",
     out: Out = Path("runs/float"),
     epochs: Annotated[int, typer.Option(help="Passes over the training part.")] = 40,
     batch_size: Annotated[int, typer.Option(help="Samples per step.")] = 64,
@@ -184,14 +207,14 @@ def train(
     """Train a float network and save it as model.safetensors."""
     from qprune.checkpoint import save
     from qprune.seeds import open_folder
-    from qprune.tasks import data as tasks_data
-    from qprune.tasks import models
     from qprune.tasks import train as training
+    from qprune.tasks.sources import Named, network_of, task_of
 
     _set_threads(threads)
-    task = tasks_data.load(data)
+    named = Named(data, data_dir, arguments.settings(data_option or ()), model, weights)
+    task = task_of(named)
     torch.manual_seed(seed)
-    net = models.for_task(model, task)
+    net = network_of(named, task)
     open_folder(out, overwrite)
     loader = task.loader("train", batch_size, torch.Generator().manual_seed(seed))
     with Bars(console, 1) as bars:

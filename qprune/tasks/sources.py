@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import nn
@@ -29,6 +30,17 @@ class Sources(Protocol):
     def model(self) -> str: ...
     @property
     def weights(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Named:
+    """`Sources` and nothing else."""
+
+    data: str = "digits"
+    data_dir: str = ""
+    data_options: Mapping[str, Any] = field(default_factory=dict)
+    model: str = "resnet8"
+    weights: str = ""
 
 
 def task_of(options: Sources, seed: int = 0) -> Task:
