@@ -11,7 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from qprune.convert import convert
+from qprune._version import __version__
+from qprune.convert import converted
 from qprune.errors import CheckpointError, PolicyMismatchError, SpaceError
 from qprune.files import write_atomically
 from qprune.folding import folded, refold
@@ -26,12 +27,15 @@ from qprune.quantizers import StoredUniqWeightQuantizer, StoredWeightQuantizer
 from qprune.record import record_of, unwrap
 from qprune.space import SearchSpace
 
-FORMAT = 1
+PLAIN, SMALLER = "1", "2"
+"""Formats: of networks that have all their filters, in place or as zeros, and of those that some were taken out of."""
 
 
 def policy_of(model: nn.Module) -> Policy:
-    """The policy of a converted model, read from its layers."""
+    """The policy of a converted model: read from its layers, or that by which it was made smaller, with the geometry that it had before."""
     record = record_of(model)
+    if record is not None and record.removal is not None and record.removal.removed:
+        return record.removal.policy
     geometry = record.geometry if record is not None else None
     activations = {name: module.channel_bits for name, module in unwrap(model).named_modules() if isinstance(module, QuantActivation)}
     layers = {}
@@ -44,14 +48,17 @@ def policy_of(model: nn.Module) -> Policy:
 
 
 def structure_of(model: nn.Module) -> dict[str, str]:
-    """What `rebuild` needs besides the function that builds the float network: policy, quantizers, codebooks and folded normalisations, as
-    JSON. Raises CheckpointError for a model that is still being searched."""
+    """What `rebuild` needs besides the function that builds the float network: policy, with the geometry; what happened to pruned filters;
+    quantizers, codebooks and folded normalisations, as JSON. Raises CheckpointError for a model that is still being searched."""
     inner = unwrap(model)
     mixed = next((name for name, layer in weighted_layers(inner) if isinstance(layer, Mixing)), None)
     if mixed is not None:
         raise CheckpointError(f"save: layer {mixed!r} still has candidates; convert(model, policy) first, or save model.state_dict()")
     quantizers = {name: layer.space.quantizers for name, layer in weighted_layers(inner) if isinstance(layer, Quantizing)}
     header = {"policy": policy_of(model).to_json(), "quantizers": json.dumps(quantizers)}
+    record = record_of(model)
+    if record is not None and record.removal is not None:
+        header["removal"] = json.dumps({"removed": record.removal.removed, "round_to": record.removal.round_to})
     codebooks = {name: layer.settings for name, layer in codebook_layers(inner)}
     if codebooks:
         header["codebooks"] = json.dumps(codebooks)
@@ -67,7 +74,8 @@ def save(model: nn.Module, path: str | Path) -> None:
     known, stored = folded(inner), StoredWeightQuantizer | StoredUniqWeightQuantizer
     if any(isinstance(q, stored) and name.removesuffix(".weight_quantizer") not in known for name, q in inner.named_modules()):
         raise CheckpointError("save: the network was read from packed codes and has no latent weights; write it with save_packed")
-    header = {"format": "qprune", "version": str(FORMAT), **structure_of(model)}
+    structure = structure_of(model)
+    header = {"format": "qprune", "version": SMALLER if "removal" in structure else PLAIN, "library": __version__, **structure}
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in inner.state_dict().items()}
     write_atomically(Path(path), to_bytes(tensors, header))
 
@@ -81,8 +89,11 @@ def load(path: str | Path, build: Callable[[], nn.Module]) -> nn.Module:
     header, tensors = read(path)
     if header.get("format") != "qprune":
         raise CheckpointError(f"{path} was not written by qprune")
-    if header.get("version") != str(FORMAT):
-        raise CheckpointError(f"{path} has format {header.get('version')}; this version of qprune reads format {FORMAT}")
+    if header.get("version") not in (PLAIN, SMALLER):
+        raise CheckpointError(
+            f"{path} has format {header.get('version')}, written by qprune {header.get('library', 'of an unknown version')}; "
+            f"this is qprune {__version__}, which reads formats {PLAIN} and {SMALLER}"
+        )
     model = rebuild(header, build, path)
     try:
         model.load_state_dict(tensors, strict=True)
@@ -114,11 +125,15 @@ def rebuild(header: Mapping[str, str], build: Callable[[], nn.Module], path: str
         policy = Policy.from_json(header["policy"])
         spaces = {name: SearchSpace(**names) for name, names in json.loads(header["quantizers"]).items()}
         codebooks = {name: dict(settings) for name, settings in json.loads(header.get("codebooks", "{}")).items()}
+        removal = json.loads(header["removal"]) if "removal" in header else {"removed": None, "round_to": 1}
+        removed, round_to = removal["removed"], removal["round_to"]
+        if removed not in (True, False, None) or not isinstance(round_to, int) or round_to < 1:
+            raise ValueError(f"removal is {removal!r}")
         folds = {name: dict(settings) for name, settings in json.loads(header.get("folded", "{}")).items()}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"cannot read {path}: its header is damaged ({type(error).__name__}: {error})") from None
     try:
-        return refold(_with_codebooks(convert(build(), policy, spaces), codebooks), folds)
+        return refold(_with_codebooks(converted(build(), policy, spaces, removed, round_to), codebooks), folds)
     except (PolicyMismatchError, SpaceError, RuntimeError, TypeError) as error:
         raise CheckpointError(f"{path} does not fit this network: {' '.join(str(error).split())}") from None
 

@@ -145,7 +145,10 @@ def _fix(name: str, layer: nn.Module, bits: LayerBits, space: SearchSpace) -> nn
     fixed = fix_bits(layer, bits.w_bits, bits.a_bits, space)
     fixed.layer_name = name
     with torch.no_grad():
-        fixed.weight[[f for f, b in enumerate(per_filter) if b == PRUNED]] = 0
+        pruned = [f for f, b in enumerate(per_filter) if b == PRUNED]
+        fixed.weight[pruned] = 0
+        if fixed.bias is not None:
+            fixed.bias[pruned] = 0
     return fixed
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from qprune.geometry import ChannelGroup, ExampleInputs, float_twin, run, weighted_layers
-from qprune.nn.narrow import CARRIERS, sliceable
+from qprune.nn.narrow import entries_of, sliceable
 from qprune.probe import Probe, confirmed
 from qprune.record import unwrap
 from qprune.rehearsal import rehearsed
@@ -48,7 +48,7 @@ def channel_groups(model: nn.Module, example_inputs: ExampleInputs) -> tuple[Cha
 
 def _collect(twin: nn.Module, graph: Any) -> tuple[ChannelGroup, ...]:
     layers: dict[nn.Module, str] = {module: name for name, module in weighted_layers(twin) if isinstance(module, nn.Conv2d | nn.Linear)}
-    carriers = {module: name for name, module in twin.named_modules() if _is_carrier(module)}
+    carriers = {module: name for name, module in twin.named_modules() if entries_of(module)}
     groups: list[ChannelGroup] = []
     grouped: set[str] = set()
     for module, name in layers.items():
@@ -63,11 +63,6 @@ def _collect(twin: nn.Module, graph: Any) -> tuple[ChannelGroup, ...]:
         grouped.update(group.producers)
         groups.append(group)
     return _without_conflicts(groups)
-
-
-def _is_carrier(module: nn.Module) -> bool:
-    values = [*module._parameters.values(), *module._buffers.values()]
-    return isinstance(module, CARRIERS) and any(value is not None and value.numel() > 1 for value in values)
 
 
 def _one_group(items: Any, layers: dict[nn.Module, str], on_the_way: dict[nn.Module, str]) -> ChannelGroup:

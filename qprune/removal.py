@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
+from qprune.errors import PolicyMismatchError
 from qprune.geometry import Geometry
 from qprune.nn.activation import QuantActivation
-from qprune.nn.narrow import mute, narrowed, narrowed_activation, silence_entries, sliceable, without_entries
+from qprune.nn.narrow import entries_of, mute, narrowed, narrowed_activation, silence_entries, sliceable, without_entries
 from qprune.nn.surgery import replace_modules
 from qprune.record import LayerRemoval, record_of
 from qprune.removal_plan import Plan, plan_removal
@@ -28,7 +29,8 @@ def apply_removal(
     """The model, changed in place, in which the filters `pruned` say nothing, and (remove) are taken out; with the plan of it.
 
     What says nothing: weight and bias of the filters are zero, and scale, shift and running mean of the normalisation that gets their
-    output; layers that read a channel which nobody makes have zero weights there.
+    output; layers that read a channel which nobody makes have zero weights there. Raises PolicyMismatchError if the model lacks one of
+    these modules.
     """
     plan = plan_removal(geometry, pruned, remove, round_to)
     modules = dict(model.named_modules())
@@ -40,9 +42,14 @@ def apply_removal(
             mute(layer, left)
             swaps[layer] = narrowed(layer, left)
     for name, carrier in plan.carriers.items():
-        if name in modules:
-            silence_entries(modules[name], carrier.silent)
-            without_entries(modules[name], carrier.absent)
+        known, needed = entries_of(modules[name]) if name in modules else 0, max((*carrier.silent, *carrier.absent)) + 1
+        if known < needed:
+            raise PolicyMismatchError(
+                f"the policy was made for another network: in that, {name!r} was a normalisation or nn.PReLU of at least {needed} channels, "
+                f"here it is {f'a {type(modules[name]).__name__} of {known}' if name in modules else 'not there'}"
+            )
+        silence_entries(modules[name], carrier.silent)
+        without_entries(modules[name], carrier.absent)
     for name, unit in geometry.units.items():
         activation = modules.get(unit.activation or "")
         if isinstance(activation, QuantActivation) and name in plan.layers:

@@ -118,7 +118,16 @@ def drop_layer(header: dict[str, str]) -> None:
 
 
 HEADERS: dict[str, tuple[Callable[[dict[str, str]], Any], str]] = {
-    "newer": (lambda h: h.update(version="2"), "has format 2; this version of qprune reads format 1"),
+    "newer": (
+        lambda h: h.update(version="3", library="9.9"),
+        r"has format 3, written by qprune 9\.9; this is qprune .*, which reads formats 1 and 2",
+    ),
+    "strange removal": (lambda h: h.update(removal='{"removed": 3, "round_to": 1}'), "header is damaged"),
+    "removal by halves": (lambda h: h.update(removal='{"removed": true}'), "header is damaged"),
+    "zeros instead of nothing": (
+        lambda h: h.update(removal='{"removed": false, "round_to": 1}'),
+        "does not fit this network: .*size mismatch",
+    ),
     "foreign": (lambda h: h.update(format="pt"), "was not written by qprune"),
     "no policy": (lambda h: h.pop("policy"), "header is damaged"),
     "half a policy": (lambda h: h.update(policy=h["policy"][:99]), "not a policy file"),

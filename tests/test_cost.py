@@ -194,9 +194,12 @@ def test_one_hot_gates_policy_and_converted_model_agree(space: str, convention: 
             for field in ("bops", "macs", "size_bits"):
                 assert getattr(found, field).item() == getattr(expected, field).item(), field
         if all(row.w_bits > 0 for row in expected.rows):
-            final = cost(convert(mixed, policy), convention=convention)
+            final = cost(convert(mixed, policy, remove=False), convention=convention)
             assert (float(final.bops), float(final.size_bits)) == (float(expected.bops), float(expected.size_bits))
             assert final.overhead_bits == expected.overhead_bits
+            small = cost(convert(mixed, policy), convention=convention)
+            assert (float(small.bops), float(small.size_bits)) == (float(expected.bops), float(expected.size_bits))
+            assert small.overhead_bits <= expected.overhead_bits
 
 
 @pytest.mark.parametrize("space", ["layer", "filter"])

@@ -32,8 +32,8 @@ def test_sequential() -> None:
         nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(4, 5, 1), nn.Flatten(), nn.Linear(45, 2)
     )
     groups = groups_of(net)
-    assert groups[("0",)] == ChannelGroup(4, {"0": (0, 1, 2, 3)}, {"4": straight(4)})
-    assert groups[("4",)] == ChannelGroup(5, {"4": (0, 1, 2, 3, 4)}, {"6": tuple((i, i // 9) for i in range(45))})
+    assert groups[("0",)] == ChannelGroup(4, {"0": (0, 1, 2, 3)}, {"4": straight(4)}, {"1": straight(4)}, True)
+    assert groups[("4",)] == ChannelGroup(5, {"4": (0, 1, 2, 3, 4)}, {"6": tuple((i, i // 9) for i in range(45))}, {}, True)
     assert len(groups) == 2
     assert [tuple(group.producers) for group in channel_groups(net, X)] == [("0",), ("4",), ("6",)]
 

@@ -21,7 +21,6 @@ from qprune.record import record_of
 from qprune.search import driver
 from qprune.search.sbs import Sbs
 from qprune.search.sbs_policy import Allocation, candidate_scores, gated_chains, remaining
-from qprune.silence import silence
 from qprune.tasks.mobilenet import mobilenet
 
 
@@ -37,7 +36,8 @@ def test_converted_network_computes_what_the_gates_did() -> None:
     assert policy.pruned() and len({str(b) for b in policy.layers.values()}) > 3
     x = batches(1, seed=5)[0][0]
     model.eval()
-    final = silence(qprune.convert(model, policy), policy, x).eval()
+    torch.testing.assert_close(qprune.convert(model, policy).eval()(x), model(x), rtol=1e-4, atol=1e-4)
+    final = qprune.convert(model, policy, remove=False).eval()
     torch.testing.assert_close(final(x), model(x), rtol=1e-4, atol=1e-4)
     filters, seen = policy.pruned()["4.conv1"], []
     final.get_submodule("4.conv2").register_forward_pre_hook(lambda m, args: seen.append(args[0]))
@@ -52,7 +52,7 @@ def test_save_and_load(tmp_path: Any) -> None:
     model, search, _ = trained()
     policy = search.policy()
     x = batches(1, seed=5)[0][0]
-    final = silence(qprune.convert(model, policy), policy, x).eval()
+    final = qprune.convert(model, policy).eval()
     qprune.save(final, tmp_path / "net.safetensors")
     again = qprune.load(tmp_path / "net.safetensors", lambda: block_net(8)).eval()
     assert torch.equal(again(x), final(x))
@@ -155,7 +155,7 @@ def test_converted_inverted_residuals_compute_what_the_gates_did() -> None:
     pruned = policy.pruned()
     assert {name.rpartition(".")[2] for name in pruned} == {"expand", "depthwise"}
     assert all(pruned[name] == pruned[name.replace("expand", "depthwise")] for name in pruned)
-    final = silence(qprune.convert(model, policy), policy, x).eval()
+    final = qprune.convert(model, policy).eval()
     torch.testing.assert_close(final(x), model.eval()(x), rtol=1e-3, atol=1e-3)
     assert float(qprune.cost(model).bops.detach()) == pytest.approx(float(qprune.cost(final).bops), rel=1e-6)
 
@@ -177,7 +177,7 @@ def test_a_reader_that_is_not_searched_reads_closed_channels_as_zero(bits: int) 
     assert policy.layers["4.conv2"].a_bits == bits
     image = batches(1, seed=5)[0][0]
     policy = read_off(model, method)
-    final = silence(qprune.convert(model, policy), policy, image).eval()
+    final = qprune.convert(model, policy).eval()
     torch.testing.assert_close(final(image), model.eval()(image), rtol=1e-4, atol=1e-4)
 
 

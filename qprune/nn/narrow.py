@@ -44,6 +44,13 @@ class Remains(Protocol):
     def inputs(self) -> int: ...
 
 
+def entries_of(module: nn.Module) -> int:
+    """The number of channels that a normalisation or nn.PReLU holds entries for; 0 for other modules, and where it holds none or one."""
+    values = [*module._parameters.values(), *module._buffers.values()] if isinstance(module, CARRIERS) else []
+    found = max((value.numel() for value in values if value is not None), default=0)
+    return found if found > 1 else 0
+
+
 def sliceable(layer: nn.Module) -> bool:
     """Whether the layer computes what its class says, with a weight that is a parameter of its own."""
     ours = type(layer) in (nn.Conv2d, nn.Linear) or isinstance(layer, Quantizing)
