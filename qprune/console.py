@@ -36,10 +36,10 @@ class Bars:
     def __exit__(self, *exception: Any) -> None:
         self.progress.stop()
 
-    def phase(self, name: str, seed: int, steps: int) -> None:
+    def phase(self, name: str, seed: int, steps: int, done: int = 0) -> None:
         label = PHASES.get(name, name) + (f" (seed {seed})" if self.seeds > 1 else "")
         self.values = {}
-        self.task = self.progress.add_task(f"{label:<13}", total=steps, values="")
+        self.task = self.progress.add_task(f"{label:<13}", total=steps, completed=done, values="")
 
     def step(self, values: Mapping[str, float]) -> None:
         assert self.task is not None

@@ -14,12 +14,14 @@ __all__ = [
     "InfeasibleBudgetError",
     "InputError",
     "NonFiniteError",
+    "OutOfMemoryError",
     "PolicyMismatchError",
     "QPruneError",
     "RuleError",
     "SpaceError",
     "StudyError",
     "UnsupportedLayerError",
+    "VerificationError",
 ]
 
 
@@ -86,6 +88,18 @@ class NonFiniteError(QPruneError, ArithmeticError):
         return self
 
 
+class OutOfMemoryError(QPruneError, MemoryError):
+    """A training loop needs more memory than there is."""
+
+
 class StudyError(QPruneError, RuntimeError):
     """A study that cannot go on: a missing package, a database that cannot be used or belongs to something else, other options, or
     workers that ended early."""
+
+
+class VerificationError(QPruneError, ArithmeticError):
+    """A network that its integer codes do not reproduce; `verification` is what `qprune.verify` found."""
+
+    def __init__(self, message: str, verification: object) -> None:
+        super().__init__(message)
+        self.verification = verification

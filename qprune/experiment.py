@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -11,15 +12,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from qprune.budget import Budget
 from qprune.checkpoint import save
 from qprune.cost import Cost, geometry_of
 from qprune.cost import cost as cost_of
-from qprune.errors import NonFiniteError
-from qprune.files import write_atomically
+from qprune.errors import CheckpointError
 from qprune.geometry import Geometry
 from qprune.nn.codebook import CodebookRefresh, codebook_layers
 from qprune.options import RunOptions
@@ -27,14 +26,18 @@ from qprune.overhead import overhead
 from qprune.policy import Policy
 from qprune.recipes import Recipe, recipe_for
 from qprune.record import record_of
+from qprune.resume.checkpoints import Checkpoints
+from qprune.resume.failures import explained
+from qprune.resume.phase import METRICS, Phase
+from qprune.resume.randomness import seed_all
 from qprune.search.alternate import alternate
 from qprune.search.driver import METHODS, Search
 from qprune.search.method import StepResult
 from qprune.search.zur import Zur
 from qprune.stored import layer_bits, stored_sizes
-from qprune.tasks import models
-from qprune.tasks.data import Loader, Split, Task, stratified
-from qprune.tasks.train import Trainer, fit
+from qprune.tasks.sources import network_of
+from qprune.tasks.task import Batches, Part, Task
+from qprune.tasks.train import Trainer
 from qprune.tasks.train import evaluate as accuracy_on
 from qprune.usage import Meter
 
@@ -46,8 +49,8 @@ ARCH_PARTS = 4
 class Watcher(Protocol):
     """Is told how a run goes; the command line draws progress bars from it."""
 
-    def phase(self, name: str, seed: int, steps: int) -> None:
-        """A phase of so many steps begins."""
+    def phase(self, name: str, seed: int, steps: int, done: int = 0) -> None:
+        """A phase of so many steps begins, or goes on behind those that are done."""
 
     def step(self, values: Mapping[str, float]) -> None:
         """One step is done."""
@@ -79,23 +82,31 @@ class Network:
 class Experiment:
     """The phases of one seed, in the folder where its results go.
 
-    recipe  None: that of the options' method
-    meter   what the phases took
+    recipe       None: that of the options' method
+    checkpoints  where phases leave their state, and find it if they were run before; None: nowhere
+    meter        what the phases took
     """
 
-    def __init__(self, options: RunOptions, task: Task, seed: int, folder: Path, watcher: Watcher, recipe: Recipe | None = None) -> None:
+    def __init__(
+        self, options: RunOptions, task: Task, seed: int, folder: Path, watcher: Watcher, recipe: Recipe | None = None,
+        checkpoints: Checkpoints | None = None,
+    ) -> None:  # fmt: skip
+        self.checkpoints = checkpoints
         self.options, self.task, self.seed, self.folder, self.watcher = options, task, seed, folder, watcher
-        self.example = task.train.x[:2]
+        self.example = task.example()
         self.meter = Meter()
         self.generator = torch.Generator().manual_seed(seed)
         self.recipe = recipe_for(options, self.example) if recipe is None else recipe
 
     def run(self) -> dict[str, Any]:
-        """All phases. Writes policy.json and model.safetensors; returns this seed's entry of result.json. On a NaN or infinite loss, raises
-        NonFiniteError, whose message names the checkpoint of the last good epoch."""
-        torch.manual_seed(self.seed)
+        """All phases, or those that are left. Writes policy.json and model.safetensors; returns this seed's entry of result.json.
+
+        What is no phase (making a network searchable, choosing the policy, converting) is cheap and always done again, from the same
+        numbers. Raises NonFiniteError and OutOfMemoryError as qprune.resume.failures tells, Stopped if the checkpoints were asked to stop.
+        """
+        seed_all(self.seed)
         options = self.options
-        net = models.for_task(options.model, self.task)
+        net = network_of(options, self.task)
         self.recipe.check(net)
         self.train("float", net, options.float_epochs, options.lr)
         search, policy, searched = self.searched(net)
@@ -147,82 +158,97 @@ class Experiment:
             steps=steps, weight_lr=options.search_lr, arch_lr=options.arch_lr, convention=options.convention,
             **{**chosen, **options.of_search()},
         )  # fmt: skip
-        self._checkpoint(mixed)
+        phase = self._phase("search", mixed, search, needed=True)
+        if phase.ended:
+            return search
 
         def on_step(result: StepResult) -> None:
             self.watcher.step({"loss": result.loss, "cost": result.cost_ratio})
+            phase.step()
 
         def on_epoch(values: dict[str, Any]) -> None:
             with search.method.chosen():
                 values["val_accuracy"] = accuracy_on(mixed, self.task.loader("val", 256))[1]
-            self._record("search", mixed, values)
+            self._record(phase, values)
 
-        with self._naming_checkpoint(), self.meter.phase("search"):
-            self._loop(search, loader, arch_part, on_step, on_epoch)
+        with self._running(phase):
+            self._loop(phase, search, loader, arch_part, on_step, on_epoch)
         return search
 
     def _loop(
         self,
+        phase: Phase,
         search: Search,
-        loader: Loader,
-        arch_part: Split | None,
+        loader: Batches,
+        arch_part: Part | None,
         on_step: Callable[[StepResult], None],
         on_epoch: Callable[[dict[str, Any]], None],
     ) -> None:
         epochs, size = self.options.search_epochs, self.options.batch_size
         if self.options.loop == "steps":
             arch_loader = None if arch_part is None else self.task.loader(arch_part, size, self.generator)
-            self.watcher.phase("search", self.seed, epochs * len(loader))
-            search.fit(loader, arch_loader, epochs, on_step=on_step, on_epoch=on_epoch)
+            self._watch(phase, epochs * len(loader))
+            search.fit(loader, arch_loader, epochs - len(search.history), on_step=on_step, on_epoch=on_epoch, passes=phase)
             return
         assert arch_part is not None and isinstance(search.method, Zur)
-        parts = [Split(*arch_part[index]) for index in stratified(arch_part.y, [1 / ARCH_PARTS] * ARCH_PARTS, self.seed)]
+        parts = arch_part.divided([1 / ARCH_PARTS] * ARCH_PARTS, self.seed)
         arch_loaders = [self.task.loader(part, size, self.generator) for part in parts]
         steps = sum(len(arch_loaders[epoch % ARCH_PARTS]) for epoch in range(epochs))
-        self.watcher.phase("search", self.seed, steps + epochs * len(search.method.stages.epochs) * len(loader))
-        alternate(search, loader, arch_loaders, epochs, on_step=on_step, on_epoch=on_epoch)
+        self._watch(phase, steps + epochs * len(search.method.stages.epochs) * len(loader))
+        alternate(search, loader, arch_loaders, epochs, on_step=on_step, on_epoch=on_epoch, passes=phase)
 
-    def train(self, phase: str, net: nn.Module, epochs: int, lr: float) -> None:
+    def train(self, name: str, net: nn.Module, epochs: int, lr: float) -> None:
         """Train a network in place, on all of the training data; shared weights follow theirs."""
         loader = self.task.loader("train", self.options.batch_size, self.generator)
-        self.watcher.phase(phase, self.seed, epochs * len(loader))
-        self._checkpoint(net)
+        trainer = Trainer(net, epochs, lr=lr)
+        phase = self._phase(name, net, trainer)
+        if phase.ended:
+            return
+        self._watch(phase, epochs * len(loader))
         refresh = CodebookRefresh(net, len(loader)) if any(codebook_layers(net)) else None
 
         def on_step(step: int, total: int, loss: float) -> None:
             if refresh is not None:
                 refresh.progress(step, total, loss)
             self.watcher.step({"loss": loss})
+            phase.step()
 
         def on_epoch(values: dict[str, float], trainer: Trainer) -> None:
             if refresh is not None:
                 refresh.on_epoch()
-            self._record(phase, net, values)
+            self._record(phase, values)
 
-        with self._naming_checkpoint(), self.meter.phase(phase):
-            fit(net, loader, epochs, lr=lr, val_loader=self.task.loader("val", 256), progress=on_step, on_epoch=on_epoch)
+        with self._running(phase):
+            trainer.fit(loader, val_loader=self.task.loader("val", 256), progress=on_step, on_epoch=on_epoch, passes=phase)
 
-    def _record(self, phase: str, net: nn.Module, values: Mapping[str, Any]) -> None:
-        line = {"phase": phase, "seed": self.seed, **{name: v for name, v in values.items() if name != "phase"}}
-        with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        self._checkpoint(net)
-        self.watcher.epoch(line)
+    def _phase(self, name: str, net: nn.Module, loop: Trainer | Search, needed: bool = False) -> Phase:
+        return Phase(name, net, loop, self.generator, self.meter, self.folder, self.checkpoints, needed)
 
-    def _checkpoint(self, net: nn.Module) -> None:
-        """Keep the newest state in which every tensor is finite."""
-        tensors = {name: value.detach().cpu().contiguous().clone() for name, value in net.state_dict().items()}
-        if all(bool(torch.isfinite(value).all()) for value in tensors.values() if value.is_floating_point()):
-            write_atomically(self.folder / "checkpoint.safetensors", to_bytes(tensors))
+    def _watch(self, phase: Phase, steps: int) -> None:
+        if phase.done:
+            self.watcher.phase(phase.name, self.seed, steps, phase.done)
+        else:
+            self.watcher.phase(phase.name, self.seed, steps)
 
     @contextmanager
-    def _naming_checkpoint(self) -> Iterator[None]:
-        """Add to a NonFiniteError where the last good state lies."""
-        try:
+    def _running(self, phase: Phase) -> Iterator[None]:
+        """The training loop of a phase is measured, and its errors say what to do."""
+        with explained(phase, self.options, self.seed), self.meter.phase(phase.name, phase.earlier):
             yield
-        except NonFiniteError as error:
-            error.args = (f"{error}; the last good state is in {self.folder / 'checkpoint.safetensors'}",)
-            raise
+        phase.end(self.meter.phases[phase.name])
+
+    def _record(self, phase: Phase, values: Mapping[str, Any]) -> None:
+        line = {"phase": phase.name, "seed": self.seed, **{name: v for name, v in values.items() if name != "phase"}}
+        path = self.folder / METRICS
+        try:
+            with path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise CheckpointError(f"cannot write {path}: {error.strerror or error}{phase.last_good()}") from None
+        phase.epoch()
+        self.watcher.epoch(line)
 
     def measure(self, label: str, net: nn.Module) -> Network:
         """Accuracies and cost. What networks with codebooks cost is told by the bits of their layers: every weight of a filter that is not

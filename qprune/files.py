@@ -21,8 +21,20 @@ def write_atomically(path: Path, content: bytes) -> None:
                 os.fsync(file.fileno())
             Path(temporary).chmod(0o644)
             Path(temporary).replace(path)
+            _sync_folder(path.parent)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def _sync_folder(folder: Path) -> None:
+    """Let the new name of a file outlast a power failure."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass  # some file systems cannot
+    finally:
+        os.close(handle)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from itertools import islice
 from typing import Any
 
@@ -28,7 +28,7 @@ def following(loader: Iterable[Any], done: int) -> Iterator[Any]:
 def endless(loader: Iterable[Any], done: int = 0) -> Iterator[Any]:
     """Passes over `loader`, one after the other, behind the first `done` batches of all. The loader needs a length if any are done."""
     if done:
-        assert hasattr(loader, "__len__")
+        assert isinstance(loader, Sized)
         passes, done = divmod(done, len(loader))
         for _ in range(passes):
             next(iter(loader))

@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import platform
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from scipy import stats
 
 from qprune.errors import CheckpointError
 from qprune.experiment import Experiment, Watcher
 from qprune.files import write_atomically
 from qprune.geometry import Geometry, trace_geometry
-from qprune.options import RunOptions
+from qprune.options import OptionError, RunOptions
 from qprune.report import write_report
-from qprune.tasks import data, models
+from qprune.result import read_result
+from qprune.resume.checkpoints import Checkpoints
+from qprune.resume.failures import REPLAY
+from qprune.resume.folder import ENVIRONMENT, OPTIONS, RESULT, SEED, STATES, begin, check_same, held, stored_options, take_up
+from qprune.resume.phase import METRICS
+from qprune.resume.signals import Stop, Stopped
+from qprune.tasks.sources import network_of, task_of
 
+log = logging.getLogger("qprune")
 FORMAT = 1
+OURS = (OPTIONS, METRICS, RESULT, SEED, ENVIRONMENT, REPLAY, "policy.json", "model.safetensors", "checkpoint.safetensors", "report.html")
 KINDS = ("float", "searched", "uniform")
 AVERAGED = ("bops", "macs", "size_bits", "index_bits", "codebook_bits", "w_bits", "a_bits")
 
@@ -85,34 +94,90 @@ def verdict(summary: dict[str, Any], seeds: int, measure: str = "bops") -> str:
 def open_folder(folder: Path, overwrite: bool) -> None:
     """Make the run folder, or empty it of an earlier run. Raises CheckpointError if it cannot be written, or holds a run and must not
     be."""
-    ours = ("options.yaml", "metrics.jsonl", "result.json", "policy.json", "model.safetensors", "checkpoint.safetensors", "report.html")
-    if not overwrite and any((folder / name).exists() for name in ours[:3]):
-        raise CheckpointError(f"{folder} already holds a run; choose another folder, or pass --overwrite")
-    write_atomically(folder / "options.yaml", b"")
-    for path in [folder / name for name in ours] + [path / name for path in folder.glob("seed-*") for name in ours]:
-        path.unlink(missing_ok=True)
+    if not overwrite and any((folder / name).exists() for name in OURS[:3]):
+        raise CheckpointError(f"{folder} already holds a run; go on with it (--resume), choose another folder, or pass --overwrite")
+    write_atomically(folder / OPTIONS, b"")
+    for place in (folder, *folder.glob("seed-*")):
+        shutil.rmtree(place / STATES, ignore_errors=True)
+        for name in OURS:
+            (place / name).unlink(missing_ok=True)
 
 
-def run(options: RunOptions, folder: Path, watcher: Watcher, overwrite: bool = False) -> dict[str, Any]:
-    """Run every seed and write the folder: options.yaml, metrics.jsonl, policy.json, model.safetensors, result.json, report.html.
+def run(
+    options: RunOptions,
+    folder: Path,
+    watcher: Watcher,
+    overwrite: bool = False,
+    *,
+    resume: bool = False,
+    minutes: float = 10.0,
+    keep: int = 3,
+    stop: Stop | None = None,
+) -> dict[str, Any]:
+    """Run every seed and write the folder: options.yaml, environment.json, metrics.jsonl, policy.json, model.safetensors, result.json,
+    report.html.
 
-    The first seed's files lie in the folder itself, those of further seeds in seed-N. Returns result.json's content. Raises
-    CheckpointError for a folder that cannot be written, and whatever the phases raise.
+    The first seed's files lie in the folder itself, those of further seeds in seed-N. Meanwhile, and after a run that was cut short, there
+    are checkpoints of every seed, and seed.json with what finished seeds gave. Returns result.json's content.
+
+    resume   go on with the run that the folder holds: with the same options it ends with the numbers that it would have had. The options
+             must be those it began with (see qprune.resume.folder). If nothing was begun there, begin
+    minutes  between two checkpoints within an epoch, 0 for none; there is one at every epoch's end in any case
+    keep     checkpoints that are kept
+    stop     who may ask to stop
+
+    Raises CheckpointError for a folder that cannot be written, is damaged or in use, Stopped, and whatever the phases raise.
     """
-    open_folder(folder, overwrite)
-    write_atomically(folder / "options.yaml", yaml.safe_dump(options.as_dict(), sort_keys=False).encode())
-    task = data.load(options.data)
-    net = models.for_task(options.model, task)
-    geometry = Geometry(trace_geometry(net, task.train.x[:2]))
+    if minutes < 0 or keep < 1:
+        raise OptionError(f"expected checkpoint minutes from 0 and at least 1 checkpoint to keep, got {minutes} and {keep}")
+    with held(folder):
+        try:
+            began = stored_options(folder) if resume else None
+            if began is not None:
+                check_same(began, options.as_dict(), folder)
+                _sweep(folder)
+                take_up(folder, environment())
+                done = finished(folder)
+                if done is not None:
+                    _tidy(folder)
+                    return done
+            else:
+                open_folder(folder, overwrite)
+                begin(folder, options, environment())
+            return _run(options, folder, watcher, lambda place: Checkpoints(place / STATES, minutes, keep, stop))
+        except Stopped as stopped:
+            raise Stopped(stopped.number, f"{stopped}; go on with: qprune search --resume --out {folder}") from None
+
+
+def finished(folder: Path) -> dict[str, Any] | None:
+    """The result of a run that is over; None if it is not. Writes the report if that is missing. Raises CheckpointError for a damaged
+    result."""
+    if not (folder / RESULT).exists():
+        return None
+    result = read_result(folder)
+    if not (folder / "report.html").exists():
+        write_report(folder)
+    return dict(result)
+
+
+def _run(options: RunOptions, folder: Path, watcher: Watcher, checkpoints: Callable[[Path], Checkpoints]) -> dict[str, Any]:
+    task = task_of(options)
+    net = network_of(options, task)
+    geometry = Geometry(trace_geometry(net, task.example()))
     runs: list[dict[str, Any]] = []
     limits: dict[str, float] = {}
     for index in range(options.seeds):
         seed = options.seed + index
         place = folder if index == 0 else folder / f"seed-{seed}"
-        place.mkdir(exist_ok=True)
-        experiment = Experiment(options, task, seed, place, watcher)
-        runs.append(experiment.run())
-        limits = experiment.limits
+        found = _entry(place)
+        if found is None:
+            states = checkpoints(place)
+            experiment = Experiment(options, task, seed, place, watcher, checkpoints=states)
+            found = {"run": experiment.run(), "limits": experiment.limits}
+            write_atomically(place / SEED, json.dumps(found).encode())
+            states.clear()
+        runs.append(found["run"])
+        limits = found["limits"]
     result = {
         "format": FORMAT,
         "options": options.as_dict(),
@@ -124,9 +189,39 @@ def run(options: RunOptions, folder: Path, watcher: Watcher, overwrite: bool = F
         "runs": runs,
         "summary": summarise(runs, "bops" if "bops" in limits else next(iter(limits))),
     }
-    write_atomically(folder / "result.json", json.dumps(result, indent=1).encode())
+    write_atomically(folder / RESULT, json.dumps(result, indent=1).encode())
     write_report(folder)
+    _tidy(folder)
     return result
+
+
+def _entry(place: Path) -> dict[str, Any] | None:
+    """What a seed gave that is over; None if it is not, or if its file is damaged."""
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        found: dict[str, Any] = json.loads((place / SEED).read_text())
+        return found if {"run", "limits"} <= set(found) else None
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise CheckpointError(f"cannot use {place}: {error.strerror or error}") from None
+    except (ValueError, TypeError):
+        log.warning("qprune: %s is damaged; this seed is run again", place / SEED)
+        return None
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what writes left that were cut short."""
+    for place in (folder, *folder.glob("seed-*")):
+        for path in (path for name in OURS for path in place.glob(f".{name}.*")):
+            path.unlink(missing_ok=True)
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what only an unfinished run needs."""
+    for place in (folder, *folder.glob("seed-*")):
+        shutil.rmtree(place / STATES, ignore_errors=True)
+        (place / SEED).unlink(missing_ok=True)
 
 
 def environment() -> dict[str, str]:

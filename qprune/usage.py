@@ -42,15 +42,28 @@ class Meter:
 
     def __init__(self) -> None:
         self.phases: dict[str, Usage] = {}
+        self._going: tuple[str, Usage, float, float] | None = None
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """What happens within is measured; nothing is recorded of a phase that raises."""
+    def phase(self, name: str, earlier: Usage | None = None) -> Iterator[None]:
+        """What happens within is measured; nothing is recorded of a phase that raises. earlier: what the phase took in another process,
+        to which this adds."""
         measure, before = _begin()
-        wall, cpu = time.perf_counter(), time.process_time()
-        yield
+        start = Usage(0.0, 0.0, 0, before, measure) if earlier is None else earlier
+        self._going = (measure, start, time.perf_counter(), time.process_time())
+        try:
+            yield
+            self.phases[name] = self.so_far()
+        finally:
+            self._going = None
+
+    def so_far(self) -> Usage:
+        """What the phase that is being measured took until now."""
+        assert self._going is not None
+        measure, earlier, wall, cpu = self._going
         seconds, cpu_seconds = time.perf_counter() - wall, time.process_time() - cpu
-        self.phases[name] = Usage(seconds, cpu_seconds, _highest(measure), before, measure)
+        memory = max(earlier.memory, _highest(measure)) if earlier.measure == measure else earlier.memory
+        return Usage(earlier.seconds + seconds, earlier.cpu_seconds + cpu_seconds, memory, earlier.before, earlier.measure)
 
     def as_dict(self) -> dict[str, dict[str, float | int | str]]:
         return {name: asdict(usage) for name, usage in self.phases.items()}

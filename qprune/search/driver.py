@@ -181,7 +181,8 @@ class Search:
         def plain(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
             return loss(model(x), y)
 
-        nothing = {"batches": 0, "samples": 0, "total": torch.zeros((), dtype=torch.float64, device=device), "hits": 0, "values": None}
+        zero = torch.zeros((), dtype=torch.float64, device=device)
+        nothing: dict[str, Any] = {"batches": 0, "samples": 0, "total": zero, "hits": 0, "values": None}
         self.running = running = self.take_up() or nothing
         self._hits.fill_(int(running["hits"]))
         passes.begin()

@@ -1,0 +1,85 @@
+"""The checkpoints of one seed: a file now and then, the newest ones kept, and one for the end of every phase."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from qprune.errors import CheckpointError
+from qprune.resume.signals import Stop
+from qprune.resume.statefile import read_state, write_state
+
+log = logging.getLogger("qprune")
+END = "-end"
+DIGITS = 9
+
+
+class Checkpoints:
+    """Files <steps of the seed>-<phase>.safetensors, and <steps>-<phase>-end.safetensors, in a folder of their own.
+
+    minutes  between two checkpoints within an epoch; 0: only at the end of epochs
+    keep     how many are kept, besides the ends of phases
+    stop     who may ask to stop
+    steps    done of this seed, over all phases
+    metrics  bytes of metrics.jsonl that the newest state knows
+    """
+
+    def __init__(self, folder: Path, minutes: float = 10.0, keep: int = 3, stop: Stop | None = None) -> None:
+        self.folder, self.minutes, self.keep, self.stop = folder, minutes, keep, stop or Stop()
+        self.steps = self.metrics = 0
+        self._saved_at = time.monotonic()
+        for left in folder.glob(".*"):  # of writes that were cut short
+            left.unlink(missing_ok=True)
+
+    @property
+    def due(self) -> bool:
+        """It is time for one within an epoch."""
+        return bool(self.minutes) and time.monotonic() - self._saved_at >= 60 * self.minutes
+
+    def save(self, phase: str, state: dict[str, Any], end: bool = False) -> Path:
+        """Write a checkpoint and remove those that are too many. Raises CheckpointError where it cannot be written; the others stay."""
+        path = self.folder / f"{self.steps:0{DIGITS}d}-{phase}{END if end else ''}.safetensors"
+        try:
+            write_state(path, state | {"steps": self.steps, "end": end})
+        except CheckpointError as error:
+            last = self.last()
+            raise CheckpointError(f"{error}; the last good checkpoint is {last}" if last else str(error)) from None
+        self._saved_at = time.monotonic()
+        for old in self._files()[: -self.keep]:
+            old.unlink(missing_ok=True)
+        return path
+
+    def forget_later(self) -> None:
+        """Remove what is of later steps than the present one, when a phase goes on from an earlier one."""
+        for path in self.folder.glob("*.safetensors"):
+            if int(path.name[:DIGITS]) > self.steps:
+                path.unlink(missing_ok=True)
+
+    def load(self, phase: str) -> dict[str, Any] | None:
+        """The newest state of a phase that can be read, its end before all others; None if there is none. Damaged ones are reported and
+        removed."""
+        ends = sorted(self.folder.glob(f"*-{phase}{END}.safetensors"))
+        for path in [*ends[::-1], *sorted(self.folder.glob(f"*-{phase}.safetensors"), reverse=True)]:
+            try:
+                state: dict[str, Any] = read_state(path)
+            except CheckpointError as error:
+                log.warning("qprune: %s; going on from the one before", error)
+                path.unlink(missing_ok=True)
+                continue
+            self.steps, self.metrics = state["steps"], state["metrics"]
+            return state
+        return None
+
+    def last(self) -> Path | None:
+        """The newest file."""
+        return max(self.folder.glob("*.safetensors"), default=None)
+
+    def clear(self) -> None:
+        """Remove the folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _files(self) -> list[Path]:
+        return sorted(path for path in self.folder.glob("*.safetensors") if not path.stem.endswith(END))

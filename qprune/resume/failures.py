@@ -1,0 +1,70 @@
+"""What the errors of a training loop tell: where the last good state is, which batch it was, what to change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import save as to_bytes
+
+from qprune.errors import CheckpointError, NonFiniteError, OutOfMemoryError
+from qprune.files import write_atomically
+from qprune.options import RunOptions
+from qprune.resume.phase import Phase
+
+REPLAY = "nonfinite.safetensors"
+
+
+@contextmanager
+def explained(phase: Phase, options: RunOptions, seed: int) -> Iterator[None]:
+    """Within, a NonFiniteError gets the file with its batch and the last good checkpoint into its message, and memory that does not suffice
+    becomes an OutOfMemoryError that names the options to change."""
+    try:
+        yield
+    except NonFiniteError as error:
+        where = _replay(error, phase, seed)
+        error.args = (f"{error}{where}{phase.last_good()}",)
+        raise
+    except (RuntimeError, MemoryError) as error:
+        if not _is_memory(error):
+            raise
+        what = " ".join(str(error).split())[:200] or "no memory left"
+        raise OutOfMemoryError(f"phase {phase.name}: out of memory ({what}); {advice(phase.name, options)}{phase.last_good()}") from error
+
+
+def _replay(error: NonFiniteError, phase: Phase, seed: int) -> str:
+    """Write the batch, and where it came; returns the words for it."""
+    if error.batch is None:
+        return ""
+    place = {"phase": phase.name, "seed": seed, "epoch": len(phase.loop.history), "batch": error.index, "step": error.step}
+    place |= {"layer": error.layer, "gradient": error.gradient, "loss": error.loss}
+    path: Path = phase.folder / REPLAY
+    x, y = error.batch
+    words = f"; batch {error.index} of epoch {place['epoch']}, phase {phase.name}"
+    try:
+        tensors = {"x": x.detach().cpu().contiguous().clone(), "y": y.detach().cpu().contiguous().clone()}
+        write_atomically(path, to_bytes(tensors, {name: str(value) for name, value in place.items()}))
+    except CheckpointError:
+        return words  # the error of the training counts
+    return f"{words}, is kept in {path}"
+
+
+def _is_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def advice(phase: str, options: RunOptions) -> str:
+    """The options that take less memory."""
+    less = [f"take a smaller batch (--batch-size {max(options.batch_size // 2, 1)})"]
+    if phase == "search":
+        if options.method in ("edmips", "darts") and options.pairs:
+            less.append(
+                "choose weight and activation bits apart (--w-bits and --a-bits, the shared form, in place of --pairs, the joint one)"
+            )
+        elif options.method in ("zur", "slimmable"):
+            less.append("evaluate fewer configurations at once (--set samples=4)")
+        elif options.method in ("edmips", "darts"):
+            less.append("give fewer candidates (--w-bits, --a-bits)")
+    return ", or ".join(less)

@@ -1,0 +1,108 @@
+"""The folder of a run: held by one process at a time, and what it says of the run that began there."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from qprune.errors import CheckpointError
+from qprune.files import write_atomically
+from qprune.options import OptionError, RunOptions
+
+log = logging.getLogger("qprune")
+OPTIONS, ENVIRONMENT, RESULT, SEED, STATES, LOCK = (
+    "options.yaml", "environment.json", "result.json", "seed.json", "checkpoints", ".lock",
+)  # fmt: skip
+_DECIDING = ("qprune", "torch", "numpy", "device")
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Make the folder and hold it until the end, or until the process ends. Raises CheckpointError if another process holds it, or if it
+    cannot be written."""
+    path = folder / LOCK
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+    except OSError as error:
+        raise CheckpointError(f"cannot write {folder}: {error.strerror or error}") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            who = file.read().strip()
+            raise CheckpointError(
+                f"{folder} is in use by another process{f' ({who})' if who else ''}; wait for it, or choose another folder"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {os.uname().nodename}")
+        file.flush()
+        yield
+
+
+def stored_options(folder: Path) -> RunOptions | None:
+    """The options of the run that the folder holds; None if none was begun. Raises CheckpointError for a damaged file or the options of
+    another version."""
+    path = folder / OPTIONS
+    if not path.exists():
+        return None
+    try:
+        found = yaml.safe_load(path.read_text())
+        if not isinstance(found, dict):
+            raise ValueError("expected names and values")
+        return RunOptions(**{name: _tuples(value) for name, value in found.items()})
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{path} is damaged, or of another version ({' '.join(str(error).split())})") from None
+
+
+def check_same(stored: RunOptions, given: Mapping[str, Any], folder: Path) -> None:
+    """Raise OptionError unless every option that is given is what the run in the folder began with. given: by the names of RunOptions."""
+    began = stored.as_dict()
+    for name, value in given.items():
+        if _plain(value) != _plain(began[name]):
+            raise OptionError(
+                f"{name}: the run in {folder} began with {_plain(began[name])!r}, got {_plain(value)!r}; leave the option out to go on "
+                "with that run, or choose another folder"
+            )
+
+
+def begin(folder: Path, options: RunOptions, environment: Mapping[str, str]) -> None:
+    """Record what a run is about to do."""
+    write_atomically(folder / ENVIRONMENT, json.dumps(environment, indent=1).encode())
+    write_atomically(folder / OPTIONS, yaml.safe_dump(options.as_dict(), sort_keys=False).encode())
+
+
+def take_up(folder: Path, environment: Mapping[str, str]) -> None:
+    """Compute as the run in the folder began to: with as many threads. Reports other versions and devices, whose results may differ in the
+    last bits."""
+    path = folder / ENVIRONMENT
+    try:
+        began = json.loads(path.read_text())
+        threads = int(began["threads"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.warning("qprune: cannot read %s (%s); the number of threads may differ from before", path, error)
+        return
+    torch.set_num_threads(threads)
+    changed = [f"{name} {began.get(name)} → {environment[name]}" for name in _DECIDING if began.get(name) != environment[name]]
+    if changed:
+        log.warning("qprune: the run began with other versions (%s): results may differ in the last bits", ", ".join(changed))
+
+
+def _plain(value: Any) -> Any:
+    """As files have it: lists for tuples."""
+    return json.loads(json.dumps(value))
+
+
+def _tuples(value: Any) -> Any:
+    """Lists as the options have them."""
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
