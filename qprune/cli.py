@@ -14,6 +14,7 @@ from rich.console import Console
 from qprune import arguments
 from qprune.console import Bars, cost_table, result_table
 from qprune.errors import QPruneError
+from qprune.resume.signals import Stopped
 
 app = typer.Typer(
     help="Choose how many bits every filter and activation of a convolutional network gets, within a budget.",
@@ -39,6 +40,7 @@ Threads = Annotated[int, typer.Option(help="CPU threads; 0 = as many as torch ch
 
 @app.command()
 def search(
+    context: typer.Context,
     data: Data = "digits",
     data_dir: DataDir = "",
     data_option: DataOption = None,
@@ -68,23 +70,39 @@ def search(
     convention: Annotated[str, typer.Option(help="How bit operations are counted: product, zur or uniq.")] = "product",
     threads: Threads = 0,
     overwrite: Overwrite = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in the folder, with the options it began with; begin it if there is none.")
+    ] = False,
+    checkpoint_minutes: Annotated[float, typer.Option(help="Minutes between checkpoints; 0 = only at the end of epochs.")] = 10.0,
+    keep: Annotated[int, typer.Option(help="How many checkpoints to keep.")] = 3,
 ) -> None:
     """Train a float network, search its bits within a budget, fine-tune, and compare with the uniform network of at least that cost."""
     from qprune import seeds as repeated
     from qprune.options import RunOptions
+    from qprune.resume.folder import check_same, stored_options
+    from qprune.resume.signals import Stop
 
     _set_threads(threads)
-    options = RunOptions(
-        data=data, data_dir=data_dir, data_options=arguments.settings(data_option or ()), model=model, weights=weights,
-        budget=budget, method=method, w_bits=arguments.bits(w_bits), a_bits=arguments.bits(a_bits),
-        pairs=arguments.pairs(pairs), granularity=granularity, quantizer=quantizer, loop=loop,
-        method_options=arguments.settings(setting or ()),
-        edge_bits=edge_bits, float_epochs=float_epochs, search_epochs=search_epochs, finetune_epochs=finetune_epochs,
-        batch_size=batch_size, lr=lr, search_lr=search_lr, finetune_lr=finetune_lr, arch_lr=arch_lr,
-        seed=seed, seeds=seeds, convention=convention,
-    )  # fmt: skip
-    with Bars(console, options.seeds) as bars:
-        result = repeated.run(options, out, bars, overwrite)
+    values: dict[str, Any] = {
+        "data": data, "data_dir": data_dir, "data_options": arguments.settings(data_option or ()), "model": model, "weights": weights,
+        "budget": budget, "method": method, "w_bits": arguments.bits(w_bits), "a_bits": arguments.bits(a_bits),
+        "pairs": arguments.pairs(pairs), "granularity": granularity, "quantizer": quantizer, "loop": loop,
+        "method_options": arguments.settings(setting or ()),
+        "edge_bits": edge_bits, "float_epochs": float_epochs, "search_epochs": search_epochs, "finetune_epochs": finetune_epochs,
+        "batch_size": batch_size, "lr": lr, "search_lr": search_lr, "finetune_lr": finetune_lr, "arch_lr": arch_lr,
+        "seed": seed, "seeds": seeds, "convention": convention,
+    }  # fmt: skip
+    began = stored_options(out) if resume else None
+    if began is not None:
+        check_same(began, out, {name: value for name, value in values.items() if _given(context, name)}, threads)
+        if (out / "result.json").exists():
+            console.print(f"{out} holds a finished run.")
+    options = began or RunOptions(**values)
+    stop = Stop()
+    with stop.listening(), Bars(console, options.seeds) as bars:
+        result = repeated.run(
+            options, out, bars, overwrite, resume=resume, minutes=checkpoint_minutes, keep=keep, stop=stop,
+        )  # fmt: skip
     console.print(result_table(result))
     console.print(result["summary"]["verdict"])
     console.print(f"Report: {out / 'report.html'}")
@@ -287,6 +305,13 @@ def bench(
     raise typer.Exit(benchmark.run(request, benchmark.Output(out, against, markdown, quick, seconds), console, command))
 
 
+def _given(context: typer.Context, name: str) -> bool:
+    """The option of the run was given on the command line."""
+    name = {"method_options": "setting", "data_options": "data_option"}.get(name, name)
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
 def _set_threads(threads: int) -> None:
     if threads > 0:
         torch.set_num_threads(threads)
@@ -306,6 +331,9 @@ def _guarded(command: Callable[..., Any]) -> None:
     except KeyboardInterrupt:
         sys.stderr.write("qprune: interrupted\n")
         sys.exit(130)
+    except Stopped as stopped:
+        sys.stderr.write(f"qprune: {stopped}\n")
+        sys.exit(stopped.exit_code)
 
 
 if __name__ == "__main__":

@@ -61,8 +61,8 @@ def summarise(runs: Sequence[dict[str, Any]], measure: str = "bops") -> dict[str
             "accuracy_ci95": student_interval(accuracies),
             **{key: sum(network[key] for network in networks) / len(networks) for key in AVERAGED},
         }
-    ratios = [run["seconds"]["search"] / run["seconds"]["float_epoch"] for run in runs]
-    summary["search_in_float_epochs"] = sorted(ratios)[len(ratios) // 2]
+    ratios = [run["seconds"]["search"] / run["seconds"]["float_epoch"] for run in runs if run["seconds"]["float_epoch"]]
+    summary["search_in_float_epochs"] = sorted(ratios)[len(ratios) // 2] if ratios else None
     differences = [run["networks"]["searched"]["accuracy"] - run["networks"]["uniform"]["accuracy"] for run in runs]
     summary["difference_mean"] = sum(differences) / len(differences)
     summary["difference_ci95"] = student_interval(differences)
@@ -134,7 +134,7 @@ def run(
         try:
             began = stored_options(folder) if resume else None
             if began is not None:
-                check_same(began, options.as_dict(), folder)
+                check_same(began, folder, options.as_dict())
                 _sweep(folder)
                 take_up(folder, environment())
                 done = finished(folder)

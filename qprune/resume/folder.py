@@ -65,14 +65,17 @@ def stored_options(folder: Path) -> RunOptions | None:
         raise CheckpointError(f"{path} is damaged, or of another version ({' '.join(str(error).split())})") from None
 
 
-def check_same(stored: RunOptions, given: Mapping[str, Any], folder: Path) -> None:
-    """Raise OptionError unless every option that is given is what the run in the folder began with. given: by the names of RunOptions."""
+def check_same(stored: RunOptions, folder: Path, given: Mapping[str, Any], threads: int = 0) -> None:
+    """Raise OptionError unless every option that is given is what the run in the folder began with. given: by the names of RunOptions;
+    threads: 0 if they are not given."""
     began = stored.as_dict()
-    for name, value in given.items():
-        if _plain(value) != _plain(began[name]):
+    pairs = {name: (_plain(began[name]), _plain(value)) for name, value in given.items()}
+    if threads:
+        pairs["threads"] = (_threads(folder), threads)
+    for name, (old, new) in pairs.items():
+        if old is not None and new != old:
             raise OptionError(
-                f"{name}: the run in {folder} began with {_plain(began[name])!r}, got {_plain(value)!r}; leave the option out to go on "
-                "with that run, or choose another folder"
+                f"{name}: the run in {folder} began with {old!r}, got {new!r}; leave it out to go on, or choose another folder"
             )
 
 
@@ -85,17 +88,28 @@ def begin(folder: Path, options: RunOptions, environment: Mapping[str, str]) -> 
 def take_up(folder: Path, environment: Mapping[str, str]) -> None:
     """Compute as the run in the folder began to: with as many threads. Reports other versions and devices, whose results may differ in the
     last bits."""
-    path = folder / ENVIRONMENT
-    try:
-        began = json.loads(path.read_text())
-        threads = int(began["threads"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        log.warning("qprune: cannot read %s (%s); the number of threads may differ from before", path, error)
+    threads, began = _threads(folder), _environment(folder)
+    if threads is None:
+        log.warning("qprune: cannot read %s; the number of threads may differ from before", folder / ENVIRONMENT)
         return
     torch.set_num_threads(threads)
     changed = [f"{name} {began.get(name)} → {environment[name]}" for name in _DECIDING if began.get(name) != environment[name]]
     if changed:
         log.warning("qprune: the run began with other versions (%s): results may differ in the last bits", ", ".join(changed))
+
+
+def _environment(folder: Path) -> dict[str, Any]:
+    """What a run began with; empty if that is not known."""
+    try:
+        found = json.loads((folder / ENVIRONMENT).read_text())
+        return found if isinstance(found, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _threads(folder: Path) -> int | None:
+    found = str(_environment(folder).get("threads"))
+    return int(found) if found.isdecimal() and 0 < int(found) <= 4096 else None
 
 
 def _plain(value: Any) -> Any:
