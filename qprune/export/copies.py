@@ -19,6 +19,7 @@ from qprune.nn.mixed import MixedActivation
 from qprune.nn.mixing import Mixing
 from qprune.nn.quantizing import Quantizing
 from qprune.nn.slimlayers import SlimBatchNorm2d, SlimConv2d, SlimLinear
+from qprune.nn.spread import Narrow
 from qprune.nn.surgery import copy_model, plain, replace_modules, take_over
 from qprune.nn.unitparts import FilterActivation, FilterBatchNorm2d
 from qprune.quantizers import InputQuantizer
@@ -39,24 +40,24 @@ class Parts(Protocol):
     def activation(self, activation: QuantActivation, name: str) -> nn.Module: ...
 
 
-class DeployedConv2d(nn.Conv2d):
+class DeployedConv2d(Narrow, nn.Conv2d):
     """nn.Conv2d on input(x) and weight(), which are modules here."""
 
     input: nn.Module
 
     def forward(self, input: Tensor) -> Tensor:
         weight: nn.Module = self.get_submodule("weight")
-        return self._conv_forward(self.input(input), weight(), self.bias)
+        return self.spread_out(self._conv_forward(self.input(self.gathered(input)), weight(), self.bias))
 
 
-class DeployedLinear(nn.Linear):
+class DeployedLinear(Narrow, nn.Linear):
     """nn.Linear on input(x) and weight(), which are modules here."""
 
     input: nn.Module
 
     def forward(self, input: Tensor) -> Tensor:
         weight: nn.Module = self.get_submodule("weight")
-        return F.linear(self.input(input), weight(), self.bias)
+        return self.spread_out(F.linear(self.input(self.gathered(input)), weight(), self.bias))
 
 
 @torch.no_grad()
@@ -86,7 +87,8 @@ def deployed(model: nn.Module, parts: Parts) -> nn.Module:
 def _layer(layer: FixedLayer, parts: Parts) -> nn.Module:
     cls: type[DeployedConv2d] | type[DeployedLinear] = DeployedConv2d if isinstance(layer, nn.Conv2d) else DeployedLinear
 
-    def setup(made: nn.Module) -> None:
+    def setup(made: DeployedConv2d | DeployedLinear) -> None:
+        made.surround(getattr(layer, "gather", None), getattr(layer, "spread", None))
         made._parameters.pop("weight", None)
         made.add_module("weight", parts.weight(layer))
         quantizer: InputQuantizer | None = layer.input_quantizer

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +45,7 @@ def finish(model: ir.Model, path: Path, properties: Mapping[str, str]) -> Path:
     import onnx
     import onnx_ir as ir
 
+    _name_nodes(model.graph)
     for node in model.graph.all_nodes():
         _tidy(node)
         for value in node.outputs:
@@ -61,6 +64,21 @@ def finish(model: ir.Model, path: Path, properties: Mapping[str, str]) -> Path:
         raise ExportError(f"{path}: this network does not fit into one ONNX file, which holds 2 GiB ({error})") from error
     write_atomically(path, content)
     return path
+
+
+def _name_nodes(graph: ir.Graph) -> None:
+    """Name every node "module/Operator", with a number where a module has several, and what torch.onnx calls "_symbolic" after its node."""
+    taken: Counter[str] = Counter()
+    for node in graph:
+        scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes")
+        # the last one is the operation's own name
+        module = "" if scopes is None else ast.literal_eval(scopes)[-2]
+        name = f"{module}/{node.op_type}" if module else node.op_type
+        taken[name] += 1
+        node.name = name if taken[name] == 1 else f"{name}_{taken[name]}"
+        for value in node.outputs:
+            if value.name is not None and value.name.startswith("_symbolic") and not value.is_graph_output():
+                value.name = node.name
 
 
 def _tidy(item: ir.Node | ir.Value | ir.Graph) -> None:

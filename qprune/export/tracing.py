@@ -92,6 +92,7 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(logging.CRITICAL)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")
+            warnings.filterwarnings("ignore", category=UserWarning, message=".*The axis name: .* shares the same shape constraints")
             warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch\.|onnxscript|onnx_ir|onnx|copyreg|ast")
             yield
     finally:
@@ -107,8 +108,22 @@ def _reason(error: BaseException) -> str:
     text = "\n".join(str(item) for item in chain)
     missing = sorted(set(re.findall(r"No ONNX function found for <OpOverload\(op='([^']+)'", text)))
     if missing:
-        return f"ONNX has no operator for {', '.join(missing).replace('.', '::')}"
+        return f"ONNX has no operator for {', '.join(name.replace('.', '::') + _callers(chain, name) for name in missing)}"
     lines = re.findall(r'File "([^"]+)", line (\d+), in (\w+)\n\s*(.+)', text)
     where = f" ({lines[-1][0]}, line {lines[-1][1]}: {lines[-1][3].strip()})" if lines else ""
     first = str(chain[-1]).strip().splitlines()
     return f"{first[0] if first else type(chain[-1]).__name__}{where}"
+
+
+def _callers(chain: Sequence[BaseException], operator: str) -> str:
+    """' (in module a, b)' for the modules whose code calls the operator, as far as the errors' frames tell."""
+    names = []
+    for error in chain:
+        frame = error.__traceback__
+        while frame is not None:
+            node = frame.tb_frame.f_locals.get("node")
+            if isinstance(node, torch.fx.Node) and operator in str(node.target):
+                names += [name for name, _ in (node.meta.get("nn_module_stack") or {}).values()][-1:]
+            frame = frame.tb_next
+    found = [name or "the network itself" for name in dict.fromkeys(names)]
+    return f" (in module {', '.join(found)})" if found else ""
