@@ -65,7 +65,8 @@ def result_table(result: Mapping[str, Any]) -> Table:
     summary = result["summary"]
     ratio = summary["search_in_float_epochs"]
     runs = len(result["runs"])
-    caption = f"search time: {ratio:.1f} float epochs" + ("" if runs == 1 else f"; means over {runs} seeds, ± 95 % Student-t interval")
+    taken = [] if ratio is None else [f"search time: {ratio:.1f} float epochs"]
+    caption = "; ".join(taken + ([] if runs == 1 else [f"means over {runs} seeds, ± 95 % Student-t interval"]))
     table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
     table.add_column("network")
     for heading in ("test accuracy", "BOPs", "of float", "size", "bits w / a"):

@@ -125,7 +125,7 @@ class Experiment:
         return {
             "seed": self.seed,
             "networks": {name: asdict(network) for name, network in networks.items()},
-            "seconds": {**seconds, "float_epoch": seconds["float"] / options.float_epochs},
+            "seconds": {**seconds, "float_epoch": seconds["float"] / options.float_epochs if options.float_epochs else None},
             "policy": json.loads(policy.to_json())["layers"],
             "input_bits": {row.name: float(row.a_bits) for row in cost_of(policy, convention=options.convention).rows},
             "search_history": search.history,

@@ -35,7 +35,7 @@ class RunOptions:
     pairs               joint candidates (w, a) instead
     granularity         choice of weight bits per "layer" or per "filter"; "" for the method's own
     edge_bits           weight and input bits of the first and the last layer, which are not searched
-    float_epochs        training of the float network
+    float_epochs        training of the float network; 0, with weights: none
     search_epochs       search, from the float network
     finetune_epochs     training of the searched network; the uniform one gets search_epochs + finetune_epochs
     batch_size, lr, finetune_lr, search_lr, arch_lr
@@ -92,7 +92,7 @@ class RunOptions:
         self.space()
         SearchSpace.fixed(self.edge_bits, self.edge_bits)
         for name in ("float_epochs", "search_epochs", "batch_size", "seeds", "lr", "search_lr", "finetune_lr", "arch_lr"):
-            if not getattr(self, name) > 0:
+            if not getattr(self, name) > 0 and not (name == "float_epochs" and self.float_epochs == 0 and self.weights):
                 raise OptionError(f"{name} must be positive, got {getattr(self, name)}")
         if self.finetune_epochs < 0:
             raise OptionError(f"finetune_epochs must not be negative, got {self.finetune_epochs}")

@@ -60,7 +60,7 @@ class StudyOptions:
             if getattr(self, name) not in known:
                 raise OptionError(f"{name}: {getattr(self, name)!r} is unknown; expected one of {', '.join(known)}")
         for name in ("step", "seeds", "float_epochs", "epochs", "batch_size", "float_lr", "lr", "threshold"):
-            if not getattr(self, name) > 0:
+            if not getattr(self, name) > 0 and not (name == "float_epochs" and self.float_epochs == 0 and self.weights):
                 raise OptionError(f"{name} must be positive, got {getattr(self, name)}")
         if self.kind == "bits":
             if len(self.pairs) < 2:
