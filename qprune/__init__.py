@@ -29,6 +29,7 @@ from qprune.errors import (
     PolicyMismatchError,
     QPruneError,
     UnsupportedLayerError,
+    VerificationError,
 )
 from qprune.export.packed import load_packed, save_packed
 from qprune.export.qonnx import export_qonnx
@@ -39,10 +40,13 @@ from qprune.kernels import backend
 from qprune.policy import Policy
 from qprune.prepare import arch_parameters, calibrate, prepare, weight_parameters
 from qprune.recalibrate import recalibrate
+from qprune.removal import removal_report
 from qprune.report import plot, report
 from qprune.search.allocate import allocate
 from qprune.search.driver import Search
 from qprune.space import SearchSpace
+from qprune.verification import Verification
+from qprune.verify import verify
 
 __all__ = [
     "Budget",
@@ -56,6 +60,8 @@ __all__ = [
     "Search",
     "SearchSpace",
     "UnsupportedLayerError",
+    "Verification",
+    "VerificationError",
     "__version__",
     "allocate",
     "arch_parameters",
@@ -73,10 +79,12 @@ __all__ = [
     "plot",
     "prepare",
     "recalibrate",
+    "removal_report",
     "report",
     "sample_gates",
     "save",
     "save_packed",
     "set_gates",
+    "verify",
     "weight_parameters",
 ]

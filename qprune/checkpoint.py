@@ -125,10 +125,7 @@ def rebuild(header: Mapping[str, str], build: Callable[[], nn.Module], path: str
         policy = Policy.from_json(header["policy"])
         spaces = {name: SearchSpace(**names) for name, names in json.loads(header["quantizers"]).items()}
         codebooks = {name: dict(settings) for name, settings in json.loads(header.get("codebooks", "{}")).items()}
-        removal = json.loads(header["removal"]) if "removal" in header else {"removed": None, "round_to": 1}
-        removed, round_to = removal["removed"], removal["round_to"]
-        if removed not in (True, False, None) or not isinstance(round_to, int) or round_to < 1:
-            raise ValueError(f"removal is {removal!r}")
+        removed, round_to = _removal(json.loads(header["removal"])) if "removal" in header else (None, 1)
         folds = {name: dict(settings) for name, settings in json.loads(header.get("folded", "{}")).items()}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"cannot read {path}: its header is damaged ({type(error).__name__}: {error})") from None
@@ -136,6 +133,13 @@ def rebuild(header: Mapping[str, str], build: Callable[[], nn.Module], path: str
         return refold(_with_codebooks(converted(build(), policy, spaces, removed, round_to), codebooks), folds)
     except (PolicyMismatchError, SpaceError, RuntimeError, TypeError) as error:
         raise CheckpointError(f"{path} does not fit this network: {' '.join(str(error).split())}") from None
+
+
+def _removal(data: Any) -> tuple[bool, int]:
+    removed, round_to = data["removed"], data["round_to"]
+    if not isinstance(removed, bool) or not isinstance(round_to, int) or round_to < 1:
+        raise ValueError(f"removal is {data!r}")
+    return removed, round_to
 
 
 def _with_codebooks(model: nn.Module, codebooks: Mapping[str, Mapping[str, Any]]) -> nn.Module:

@@ -68,6 +68,8 @@ class _Rehearsal:
         return self._marked(reasons)
 
     def _marked(self, reasons: Mapping[int, str]) -> tuple[ChannelGroup, ...]:
+        read = {s for group, s in zip(self.groups, self.streams, strict=True) if group.consumers or group.carriers}
+        reasons = {**dict.fromkeys(set(self.streams) - read, "no layer is known to read them"), **reasons}
         return tuple(
             replace(group, removable=stream not in reasons, why=reasons.get(stream, ""))
             for group, stream in zip(self.groups, self.streams, strict=True)

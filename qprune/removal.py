@@ -44,9 +44,10 @@ def apply_removal(
     for name, carrier in plan.carriers.items():
         known, needed = entries_of(modules[name]) if name in modules else 0, max((*carrier.silent, *carrier.absent)) + 1
         if known < needed:
+            here = f"a {type(modules[name]).__name__} of {known}" if name in modules else "not there"
             raise PolicyMismatchError(
-                f"the policy was made for another network: in that, {name!r} was a normalisation or nn.PReLU of at least {needed} channels, "
-                f"here it is {f'a {type(modules[name]).__name__} of {known}' if name in modules else 'not there'}"
+                f"the policy was made for another network: in that, {name!r} was a normalisation or nn.PReLU of {needed} channels or more, "
+                f"here it is {here}"
             )
         silence_entries(modules[name], carrier.silent)
         without_entries(modules[name], carrier.absent)

@@ -16,7 +16,7 @@ import qprune
 NAMES = [
     *("SearchSpace", "Policy", "Budget", "prepare", "convert", "cost", "Search", "allocate", "arch_parameters", "weight_parameters"),
     *("channel_groups", "save", "load", "save_packed", "load_packed", "backend", "report", "plot", "nn", "functional", "calibrate"),
-    *("set_gates", "sample_gates"),
+    *("set_gates", "sample_gates", "verify", "Verification", "VerificationError"),
     *("QPruneError", "UnsupportedLayerError", "InfeasibleBudgetError", "PolicyMismatchError", "CheckpointError", "NonFiniteError"),
     *("ExportError", "fold", "recalibrate"),
     "__version__",
