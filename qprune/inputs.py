@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qprune.constants import constant
-from qprune.geometry import ChannelGroup, Geometry
+from qprune.geometry import ChannelGroup, Geometry, LayerGeometry
 
 
 class Shares(NamedTuple):
@@ -50,16 +50,22 @@ def own_inputs(geometry: Geometry, pruned: Mapping[str, Tensor], shares: Mapping
     if not shares:
         return own
     for group, gone in _gone(geometry, pruned, shares):
-        for name, pairs in _readers(group):
-            for producer in group.producers.keys() & shares.keys() if name in shares else ():
-                if shares[producer].owner == shares[name].owner:
-                    layer, made = geometry.layers[name], shares[producer].of(group.producers[producer])
-                    filters, rows = _meeting(shares[name].channels, made, pairs, layer.filters // layer.groups, layer.inputs)
-                    if filters:
-                        index, row = (constant(column, torch.int64, gone.device) for column in (filters, rows))
-                        own[name] = own.get(name, gone.new_zeros(layer.filters)).index_add(0, index, gone[row])
-                    break
+        for name, _ in _readers(group):
+            filters, rows = _own_reads(group, geometry.layers[name], shares)
+            if filters:
+                index, row = (constant(column, torch.int64, gone.device) for column in (filters, rows))
+                own[name] = own.get(name, gone.new_zeros(geometry.layers[name].filters)).index_add(0, index, gone[row])
     return own
+
+
+def _own_reads(group: ChannelGroup, layer: LayerGeometry, shares: Mapping[str, Shares]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(filters, channels r of the group), pairwise: filters of a layer with the channels that they read and share their choice with."""
+    mine = shares.get(layer.name)
+    for name, filters in group.producers.items() if mine is not None else ():
+        if mine is not None and name in shares and shares[name].owner == mine.owner:
+            made = shares[name].of(tuple(filters))
+            return _meeting(mine.channels, made, group.consumers[layer.name], layer.filters // layer.groups, layer.inputs)
+    return (), ()
 
 
 def _readers(group: ChannelGroup) -> Iterator[tuple[str, tuple[tuple[int, int], ...]]]:

@@ -107,9 +107,12 @@ class Mixing(QuantizedLayer):
             return x
         return self.input_quantizer(x, ready.input_p, ready.input_range)  # type: ignore[no-any-return]
 
-    def filter_probabilities(self) -> Tensor:
-        """p over (weight candidate, activation candidate) per filter: [F, K_w, K_a] or [1, K_w, K_a] when all filters share one choice."""
-        p = self.weight_gate()
+    def filter_probabilities(self, weight_p: Tensor | None = None) -> Tensor:
+        """p over (weight candidate, activation candidate) per filter: [F, K_w, K_a] or [1, K_w, K_a] when all filters share one choice.
+
+        weight_p  instead of what the weight gate gives
+        """
+        p = self.weight_gate() if weight_p is None else weight_p
         p = p if p.dim() == 2 else p.unsqueeze(0)
         if self.input_gate is not None:
             return p.unsqueeze(2) * self.input_gate()

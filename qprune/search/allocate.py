@@ -13,14 +13,17 @@ from qprune.budget import Budget
 from qprune.convert import has_bypass, survives
 from qprune.cost import geometry_of
 from qprune.errors import InfeasibleBudgetError
-from qprune.gates import gates
+from qprune.gates import TiedGate, gates
 from qprune.geometry import weighted_layers
 from qprune.nn.mixing import Mixing
-from qprune.policy import LayerBits, Policy
+from qprune.policy import Policy
 from qprune.record import record_of, unwrap
+from qprune.search.blocks import Block, Layers, TiedBlock
 from qprune.search.knapsack import Choices, solve
-from qprune.search.tables import LayerTable, Move, Pricing
+from qprune.search.pricing import Pricing, Quotes
+from qprune.search.tables import LayerTable, Move
 from qprune.space import BITS, FLOAT, PRUNED, SearchSpace
+from qprune.ties import tied_channels
 
 _POINTS = 24
 _ROUNDS = 8
@@ -43,15 +46,21 @@ class LayerScores:
 
 
 def gate_scores(model: nn.Module) -> dict[str, LayerScores]:
-    """The logarithms of the gates' probabilities, without the noise of sampling: the total is the log-likelihood of the policy."""
-    scores = {}
+    """The logarithms of the gates' probabilities, without the noise of sampling: the total is the log-likelihood of the policy. A choice of
+    0 bits that filters of several layers share counts in the first of these."""
+    scores: dict[str, LayerScores] = {}
+    counted: set[nn.Module] = set()
     with _without_noise(model):
         for name, layer in weighted_layers(unwrap(model)):
             if isinstance(layer, Mixing):
-                p = layer.filter_probabilities().detach().double().cpu().numpy()
+                gate, again = layer.weight_gate, None
+                if isinstance(gate, TiedGate):
+                    again = gate.within() if gate.prune in counted else None
+                    counted.add(gate.prune)
+                p = layer.filter_probabilities(again).detach().double().cpu().numpy()
                 space, log_p = layer.space, np.log(np.maximum(p, _TINY))
                 if layer.input_gate is not None:
-                    weight, share = p.sum(2), p.sum((0, 1)) / len(p)
+                    weight, share = p.sum(2), p.sum((0, 1)) / p.sum()
                     scores[name] = LayerScores(space, np.log(np.maximum(weight, _TINY)), np.log(np.maximum(share, _TINY)))
                 else:
                     candidates = [[(w, a) in space.candidates for a in space.a_bits] for w in space.w_bits]
@@ -91,55 +100,58 @@ def allocate(
     Layers choose from the frontier of their own configurations (all of them at layer level; at filter level, for every activation width,
     the filters' best widths at a series of prices per cost), by a mixed-integer programme over all layers and all limits. Pruned filters
     make their consumers cheaper, which the programme does not see: it is solved again at the prices of the last solution while that
-    improves the score. What is left of the budget is then spent greedily, on single filters and activations. Raises
+    improves the score. Filters that can only be removed together (see qprune.ties) are pruned together or not at all. What is left of the
+    budget is then spent greedily, on single filters and activations. Raises
     InfeasibleBudgetError, with the cheapest possible cost, if no policy fits.
     """
-    tables, pricing = _set_up(model, budget, gate_scores(model) if scores is None else scores, convention)
-    found = [_improve(layers, tables, pricing) for layers in _rounds(tables, pricing)]
+    blocks, pricing = _set_up(model, budget, gate_scores(model) if scores is None else scores, convention)
+    found = [_improve(layers, pricing) for layers in _rounds(blocks, pricing)]
     if not found:
-        raise _infeasible(tables, pricing)
-    best = max(found, key=lambda layers: _score(layers, tables))
+        raise _infeasible(blocks, pricing)
+    best = max(found, key=lambda layers: _score(layers, pricing.tables))
     for bits in (max(b for b in BITS if b != FLOAT), FLOAT) if spend else ():
-        best = _improve(best, tables, pricing, bits)
+        best = _improve(best, pricing, bits)
     return Policy({**pricing.fixed, **best}, pricing.geometry)
 
 
 def check_feasible(model: nn.Module, budget: Budget, convention: str = "product") -> None:
     """Raise InfeasibleBudgetError, as `allocate` would, if no policy of a prepared model is within the budget."""
-    tables, pricing = _set_up(model, budget, gate_scores(model), convention)
-    if not pricing.fits(_cheapest(tables, pricing, pricing.scale)) and not _rounds(tables, pricing):
-        raise _infeasible(tables, pricing)
+    blocks, pricing = _set_up(model, budget, gate_scores(model), convention)
+    if not pricing.fits(_cheapest(blocks, pricing, pricing.scale)) and not _rounds(blocks, pricing):
+        raise _infeasible(blocks, pricing)
 
 
-Layers = dict[str, LayerBits]
-
-
-def _set_up(model: nn.Module, budget: Budget, scores: Mapping[str, LayerScores], convention: str) -> tuple[list[LayerTable], Pricing]:
+def _set_up(model: nn.Module, budget: Budget, scores: Mapping[str, LayerScores], convention: str) -> tuple[list[Block], Pricing]:
     geometry = geometry_of(model)
     record = record_of(model)
     fixed = dict(record.fixed) if record is not None else {}
     limits = budget.limits(geometry, fixed, convention)
-    tables = [
-        LayerTable(geometry.layers[name], layer.space, layer.weight, layer.input, layer.pair, has_bypass(geometry, name))
+    tables = {
+        name: LayerTable(geometry.layers[name], layer.space, layer.weight, layer.input, layer.pair, has_bypass(geometry, name))
         for name, layer in scores.items()
         if name in geometry.layers
-    ]
-    return tables, Pricing(geometry, fixed, limits, convention, tables)
+    }
+    ties = tied_channels(geometry, {name for name, table in tables.items() if table.prunes_filters})
+    tie_of = {name: tie for tie in ties for name in tie.channels}
+    blocks = [Block(table) for name, table in tables.items() if name not in tie_of]
+    pricing = Pricing(geometry, fixed, limits, convention, list(tables.values()), ties)
+    blocks += [TiedBlock([table for name, table in tables.items() if name in tie.channels], tie, pricing) for tie in ties]
+    return blocks, pricing
 
 
-def _cheapest(tables: list[LayerTable], pricing: Pricing, scale: np.ndarray) -> Layers:
+def _cheapest(blocks: list[Block], pricing: Pricing, scale: np.ndarray) -> Layers:
     """Every layer at its cheapest: each layer's cost falls with its own bits and with its producers' filters."""
-    prices = pricing.prices({})
-    return {t.layer.name: t.bits(*t.cheapest(prices[t.layer.name], scale)) for t in tables}
+    quotes = Quotes(pricing, {})
+    return {name: bits for block in blocks for name, bits in block.cheapest(quotes, scale).items()}
 
 
-def _infeasible(tables: list[LayerTable], pricing: Pricing) -> InfeasibleBudgetError:
+def _infeasible(blocks: list[Block], pricing: Pricing) -> InfeasibleBudgetError:
     """Names the limit that the cheapest policy, by that limit alone, misses most."""
     least = {}
     for number, measure in enumerate(pricing.limits):
         only = np.zeros(len(pricing.limits))
         only[number] = 1.0
-        least[measure] = pricing.totals(_cheapest(tables, pricing, only))[measure]
+        least[measure] = pricing.totals(_cheapest(blocks, pricing, only))[measure]
     measure = max(least, key=lambda name: least[name] / max(pricing.limits[name], 1e-300))
     value, limit = least[measure], pricing.limits[measure]
     if value > limit:
@@ -151,15 +163,15 @@ def _infeasible(tables: list[LayerTable], pricing: Pricing) -> InfeasibleBudgetE
     return InfeasibleBudgetError(f"no policy meets the budget: {what}; raise the budget or add cheaper candidates", value, limit)
 
 
-def _rounds(tables: list[LayerTable], pricing: Pricing) -> list[Layers]:
+def _rounds(blocks: list[Block], pricing: Pricing) -> list[Layers]:
     """The cheapest policy, and the programme's solutions at the prices of: nothing pruned, the solution before, …; and of the cheapest
     policy. Those that fit."""
-    cheapest = _cheapest(tables, pricing, pricing.scale)
+    cheapest = _cheapest(blocks, pricing, pricing.scale)
     found: list[Layers] = [cheapest] if pricing.fits(cheapest) else []
     for start in ({}, cheapest):
         layers, tight = start, np.ones(len(pricing.limits))
-        for number in range(_ROUNDS if any(PRUNED in t.space.w_bits for t in tables) else 1):
-            solution = _solve(tables, pricing, layers, tight)
+        for number in range(_ROUNDS if any(PRUNED in t.space.w_bits for t in pricing.tables) else 1):
+            solution = _solve(blocks, pricing, layers, tight)
             if solution is None or solution == layers:
                 break
             layers = solution
@@ -170,30 +182,23 @@ def _rounds(tables: list[LayerTable], pricing: Pricing) -> list[Layers]:
     return found
 
 
-def _solve(tables: list[LayerTable], pricing: Pricing, at: Layers, tight: np.ndarray) -> Layers | None:
+def _solve(blocks: list[Block], pricing: Pricing, at: Layers, tight: np.ndarray) -> Layers | None:
     """The programme's solution at the prices that hold when the layers are as in `at` ({}: nothing pruned), with limits scaled by
     `tight`."""
-    prices, room = pricing.prices(at), tight * np.array(list(pricing.limits.values())) - pricing.rest(at)
-    credits = pricing.credits(at) if at else {}
-    options, bits = [], []
-    for table in tables:
-        price, name = prices[table.layer.name], table.layer.name
-        if at:
-            credit = credits[name] if len(table.value) > 1 else credits[name].sum(0, keepdims=True)
-            rows, _ = table.read(at[name])
-            price = price + credit[:, None, None, :] * ~table.pruned[:, None, None]
-            room = room + (credit * ~table.pruned[rows][:, None]).sum(0)
-        frontier = table.frontier(price, pricing.scale, _POINTS)
-        options.append(Choices(np.array([p.score for p in frontier]), np.stack([p.cost for p in frontier])))
-        bits.append([table.bits(p.rows, p.activation) for p in frontier])
-    picks = solve(options, room)
-    return None if picks is None else {t.layer.name: bits[i][pick] for i, (t, pick) in enumerate(zip(tables, picks, strict=True))}
+    quotes = Quotes(pricing, at)
+    room = tight * np.array(list(pricing.limits.values())) - quotes.rest
+    options = [block.options(quotes, _POINTS) for block in blocks]
+    picks = solve([Choices(np.array([o.score for o in found]), np.stack([o.cost for o in found])) for found in options], room)
+    if picks is None:
+        return None
+    chosen = {name: bits for found, pick in zip(options, picks, strict=True) for name, bits in found[pick].layers.items()}
+    return {table.layer.name: chosen[table.layer.name] for table in pricing.tables}
 
 
-def _improve(layers: Layers, tables: list[LayerTable], pricing: Pricing, raised: int | None = None) -> Layers:
+def _improve(layers: Layers, pricing: Pricing, raised: int | None = None) -> Layers:
     """Spend what is left: the move that gains most score per cost, again and again; with `raised`, on moves that raise bits to at most
     that, whatever the score. Pruned filters stay pruned."""
-    by_name, prices, left = {t.layer.name: t for t in tables}, pricing.prices(layers), pricing.left(layers)
+    by_name, prices, left = {t.layer.name: t for t in pricing.tables}, Quotes(pricing, layers).own, pricing.left(layers)
     state = {name: t.read(layers[name]) for name, t in by_name.items()}
 
     def best_move(name: str) -> Move | None:

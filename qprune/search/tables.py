@@ -1,18 +1,14 @@
-"""One layer's configurations with their scores and costs, and what costs depend on between layers."""
+"""One layer's configurations with their scores and costs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
-from qprune.conventions import CONVENTIONS, Inputs
-from qprune.cost import FLOAT_CHOICE, Choice, evaluate, layer_cost, policy_choices
-from qprune.geometry import Geometry, LayerGeometry
-from qprune.inputs import kept_inputs
-from qprune.policy import LayerBits, Policy
+from qprune.geometry import LayerGeometry
+from qprune.policy import LayerBits
 from qprune.space import PRUNED, SearchSpace
 
 
@@ -50,6 +46,12 @@ class LayerTable:
         self.w_bits, self.a_bits = np.array(space.w_bits), np.array(space.a_bits)
         self.pruned = self.w_bits == PRUNED
 
+    @property
+    def prunes_filters(self) -> bool:
+        """Filters may have 0 bits, each for itself."""
+        per_filter = self.space.granularity == "filter" and len(self.value) == self.layer.filters
+        return bool(per_filter and self.pruned.any() and not self.pruned.all())
+
     def activations(self) -> list[int]:
         """The activation candidates that leave the layer a signal, or all where something passes around it."""
         alive = [j for j, b in enumerate(self.space.a_bits) if b != PRUNED]
@@ -67,43 +69,72 @@ class LayerTable:
         per_row = bits.per_filter(len(self.value))
         return np.array([self.space.w_bits.index(b) for b in per_row]), self.space.a_bits.index(bits.a_bits)
 
-    def _choose(self, price: np.ndarray, activation: int, multiplier: float) -> np.ndarray:
-        """Every row's best candidate at a multiplier, keeping one filter alive where the signal needs it. price [R, K_w], scaled."""
+    def _choose(self, price: np.ndarray, activation: int, multiplier: float, pruned: np.ndarray | None = None) -> np.ndarray:
+        """Every row's best candidate at a multiplier, keeping one filter alive where the signal needs it. price [R, K_w], scaled.
+
+        pruned  which rows have 0 bits [R], where that is decided
+        """
         value = self.value[:, :, activation]
         value = np.where(np.isfinite(value), -price, -np.inf) if np.isinf(multiplier) else value - multiplier * price
+        if pruned is not None:
+            value = np.where(pruned[:, None] == self.pruned, value, -np.inf)
         rows = value.argmax(1)
-        if self.pruned[rows].all() and not self.bypass and not self.pruned.all():
+        if pruned is None and self.pruned[rows].all() and not self.bypass and not self.pruned.all():
             alive = np.where(self.pruned, -np.inf, value)
             loss = value.max(1) - alive.max(1)
             keep = int(loss.argmin())
             rows[keep] = alive[keep].argmax()
         return rows
 
-    def _point(self, rows: np.ndarray, activation: int, prices: np.ndarray) -> Point:
+    def worth(self, price: np.ndarray, multiplier: float) -> np.ndarray:
+        """How much better every row is with bits than with none, at a multiplier and the activation candidate that is best there. price
+        [R, K_w, K_a], scaled."""
+        value = np.where(np.isfinite(self.value), -price, -np.inf) if np.isinf(multiplier) else self.value - multiplier * price
+        gains = value.max(1).sum(0) + (0.0 if np.isinf(multiplier) else self.input)
+        options = self.activations()
+        value = value[:, :, options[int(gains[options].argmax())]]
+        none, some = value[:, self.pruned].max(1), value[:, ~self.pruned].max(1)
+        return np.where(np.isfinite(none), some - np.where(np.isfinite(none), none, 0.0), np.inf)
+
+    def point(self, rows: np.ndarray, activation: int, prices: np.ndarray) -> Point:
         cost = prices[np.arange(len(rows)), rows, activation].sum(0)
         return Point(rows, activation, self.score(rows, activation), cost)
 
-    def frontier(self, prices: np.ndarray, scale: np.ndarray, points: int) -> list[Point]:
+    def frontier(self, prices: np.ndarray, scale: np.ndarray, points: int, pruned: np.ndarray | None = None) -> list[Point]:
         """Configurations worth considering at prices [R, K_w, K_a, limits]: all of a layer-wise choice; else, for every activation
-        candidate, the rows' best choices at `points` multipliers, which lie on the upper hull of (cost, score)."""
+        candidate, the rows' best choices at `points` multipliers, which lie on the upper hull of (cost, score).
+
+        pruned  which rows have 0 bits [R], where that is decided
+        """
         found = []
         for j in self.activations():
-            if len(self.value) == 1:
+            if len(self.value) == 1 and pruned is None:
                 options = [k for k in range(len(self.pruned)) if not self.pruned[k] or self.bypass or self.pruned.all()]
-                found += [self._point(np.array([k]), j, prices) for k in options if np.isfinite(self.score(np.array([k]), j))]
+                found += [self.point(np.array([k]), j, prices) for k in options if np.isfinite(self.score(np.array([k]), j))]
                 continue
             price = prices[:, :, j] @ scale
-            seen: set[bytes] = set()
-            for multiplier in _multipliers(self.value[:, :, j], price, points):
-                rows = self._choose(price, j, multiplier)
-                if rows.tobytes() not in seen and np.isfinite(self.score(rows, j)):
-                    seen.add(rows.tobytes())
-                    found.append(self._point(rows, j, prices))
+            chosen = self._choices(price, j, _multipliers(self.value[:, :, j], price, points), pruned)
+            scores = self.value[np.arange(len(self.value)), chosen, j].sum(1) + self.input[j]
+            costs = prices[np.arange(len(prices)), chosen, j].sum(1)
+            found += [Point(*point) for point in zip(chosen, itertools.repeat(j), scores, costs) if np.isfinite(point[2])]
         return found
 
-    def cheapest(self, prices: np.ndarray, scale: np.ndarray) -> tuple[np.ndarray, int]:
-        """Rows and activation candidate of least scaled cost; of several the one with the higher score."""
-        options = [self._point(self._choose(prices[:, :, j] @ scale, j, np.inf), j, prices) for j in self.activations()]
+    def _choices(self, price: np.ndarray, activation: int, multipliers: list[float], pruned: np.ndarray | None) -> np.ndarray:
+        """What `_choose` gives for every multiplier, [n, R], each once."""
+        finite = np.array([m for m in multipliers if np.isfinite(m)])
+        value = self.value[None, :, :, activation] - finite[:, None, None] * price
+        if pruned is not None:
+            value = np.where(pruned[:, None] == self.pruned, value, -np.inf)
+        rows = list(value.argmax(2))
+        if pruned is None and not self.bypass:
+            dead = [self.pruned[chosen].all() for chosen in rows]
+            rows = [self._choose(price, activation, m) if d else chosen for m, d, chosen in zip(finite, dead, rows, strict=True)]
+        rows += [self._choose(price, activation, np.inf, pruned)]
+        return np.stack(list({chosen.tobytes(): chosen for chosen in rows}.values()))
+
+    def cheapest(self, prices: np.ndarray, scale: np.ndarray, pruned: np.ndarray | None = None) -> tuple[np.ndarray, int]:
+        """Rows and activation candidate of least scaled cost; of several the one with the higher score. pruned: as for `frontier`."""
+        options = [self.point(self._choose(prices[:, :, j] @ scale, j, np.inf, pruned), j, prices) for j in self.activations()]
         best = min(options, key=lambda point: (not np.isfinite(point.score), float(point.cost @ scale), -point.score))
         return best.rows, best.activation
 
@@ -152,101 +183,18 @@ class LayerTable:
         return which, np.concatenate([gain, inputs]), np.concatenate([extra, prices[index, rows].sum(0) - paid.sum(0)])
 
 
-def _multipliers(score: np.ndarray, price: np.ndarray, points: int) -> list[float]:
-    """0, infinity, and quantiles of the exchange rates between any two candidates of a row."""
-    gain = score[:, :, None] - score[:, None, :]
+def exchange_rates(score: np.ndarray, price: np.ndarray) -> np.ndarray:
+    """Score per price between any two candidates of a row, of those that gain score and cost more. score, price [R, K]."""
     extra = price[:, :, None] - price[:, None, :]
     with np.errstate(divide="ignore", invalid="ignore"):
-        rates = gain / extra
-    rates = rates[np.isfinite(rates) & (rates > 0) & (extra > 0)]
+        rates = (score[:, :, None] - score[:, None, :]) / extra
+    return rates[np.isfinite(rates) & (rates > 0) & (extra > 0)]
+
+
+def _multipliers(score: np.ndarray, price: np.ndarray, points: int) -> list[float]:
+    """0, infinity, and quantiles of the exchange rates."""
+    rates = exchange_rates(score, price)
     if not rates.size:
         return [0.0, np.inf]
     inner = np.quantile(rates, np.linspace(0, 1, points)) * (1 + 1e-9)
     return [0.0, *np.unique(inner).tolist(), np.inf]
-
-
-class Pricing:
-    """What configurations cost against the limits, in the order of `limits`; scale is 1/limit."""
-
-    def __init__(
-        self,
-        geometry: Geometry,
-        fixed: Mapping[str, LayerBits | None],
-        limits: Mapping[str, float],
-        convention: str,
-        tables: list[LayerTable],
-    ) -> None:
-        self.geometry, self.limits, self.convention = geometry, dict(limits), CONVENTIONS[convention]
-        self.fixed = {name: bits for name, bits in fixed.items() if bits is not None}
-        self.tables = tables
-        self.scale = 1.0 / np.maximum(np.array(list(limits.values())), 1e-300)
-
-    def totals(self, layers: Mapping[str, LayerBits]) -> dict[str, float]:
-        """The exact cost, by name of limit."""
-        policy = Policy({**self.fixed, **layers}, self.geometry)
-        cost = evaluate(self.geometry, policy_choices(self.geometry, policy), self.convention)
-        return {name: float(getattr(cost, name)) for name in self.limits}
-
-    def left(self, layers: Mapping[str, LayerBits]) -> np.ndarray:
-        return np.array([self.limits[name] - value for name, value in self.totals(layers).items()])
-
-    def fits(self, layers: Mapping[str, LayerBits]) -> bool:
-        return bool((self.left(layers) >= 0).all())
-
-    def prices(self, layers: Mapping[str, LayerBits]) -> dict[str, np.ndarray]:
-        """Cost of every row, weight candidate and activation candidate [R, K_w, K_a, limits] of every table, with the input channels that
-        the pruned filters of `layers` leave (none pruned where a layer is not named)."""
-        policy = Policy({**self.fixed, **layers}, self.geometry)
-        choices = policy_choices(self.geometry, policy)
-        pruned = {name: choice.pruned() for name, choice in choices.items() if PRUNED in choice.w_bits}
-        kept = kept_inputs(self.geometry, pruned)
-        return {table.layer.name: self._price(table, kept.get(table.layer.name)) for table in self.tables}
-
-    def credits(self, layers: Mapping[str, LayerBits]) -> dict[str, np.ndarray]:
-        """What the consumers of every filter pay for it to be there [F, limits], by table: nothing where another producer keeps the
-        channel anyway."""
-        choices = policy_choices(self.geometry, Policy({**self.fixed, **layers}, self.geometry))
-        pruned = {name: choice.pruned().expand(self.geometry.layers[name].filters).numpy() for name, choice in choices.items()}
-        credits = {table.layer.name: np.zeros((table.layer.filters, len(self.limits))) for table in self.tables}
-        for group in self.geometry.groups:
-            shared = group.producers.keys() & group.consumers.keys()
-            price = np.zeros((group.size, len(self.limits)))
-            for name in group.consumers.keys() - shared:
-                unit = self._per_input(self.geometry.layers[name], choices.get(name))
-                np.add.at(price, [r for _, r in group.consumers[name]], unit)
-            for name in group.producers.keys() & credits.keys():
-                others = [
-                    pruned[o][list(rows)] if o in pruned else np.zeros(group.size) for o, rows in group.producers.items() if o != name
-                ]
-                alone = np.prod(others, axis=0) if others else np.ones(group.size)
-                np.add.at(credits[name], list(group.producers[name]), price * alone[:, None])
-        return credits
-
-    def _per_input(self, layer: LayerGeometry, choice: Choice | None) -> np.ndarray:
-        """What one of a layer's input channels costs on average [limits]."""
-        row = layer_cost(layer, choice or FLOAT_CHOICE, None, self.convention)
-        return np.array([float(getattr(row, name)) for name in self.limits]) / layer.channels
-
-    def rest(self, layers: Mapping[str, LayerBits]) -> np.ndarray:
-        """What the layers without a table cost, given the filters that `layers` prunes."""
-        policy = Policy({**self.fixed, **layers}, self.geometry)
-        rows = evaluate(self.geometry, policy_choices(self.geometry, policy), self.convention).rows
-        searched = {table.layer.name for table in self.tables}
-        return np.array([sum(float(getattr(row, name)) for row in rows if row.name not in searched) for name in self.limits])
-
-    def _price(self, table: LayerTable, kept: torch.Tensor | None) -> np.ndarray:
-        layer, space = table.layer, table.space
-        w = torch.tensor(space.w_bits, dtype=torch.float64).view(1, -1, 1)
-        a = torch.tensor(space.a_bits, dtype=torch.float64).view(1, 1, -1)
-        there = torch.tensor([float(layer.inputs)]).double() if kept is None else kept.double().view(layer.groups, -1).sum(1)
-        count = there.view(-1, 1, 1)
-        alive = (w > 0) & (a > 0)
-        measures = {
-            "bops": layer.positions * torch.where(alive, self.convention(layer, w, Inputs.alike(count, a)), 0.0),
-            "size_bits": layer.kernel * count * w * torch.ones_like(a),
-            "macs": layer.positions * layer.kernel * count * alive,
-        }
-        shared = torch.stack([measures[name].expand(len(count), w.size(1), a.size(2)) for name in self.limits], dim=3)
-        per_filter = shared.repeat_interleave(layer.filters // len(count), dim=0)
-        rows = per_filter if len(table.value) > 1 else per_filter.sum(0, keepdim=True)
-        return np.asarray(rows)
