@@ -18,7 +18,7 @@ NAMES = [
     *("channel_groups", "save", "load", "save_packed", "load_packed", "backend", "report", "plot", "nn", "functional", "calibrate"),
     *("set_gates", "sample_gates", "verify", "Verification", "VerificationError"),
     *("QPruneError", "UnsupportedLayerError", "InfeasibleBudgetError", "PolicyMismatchError", "CheckpointError", "NonFiniteError"),
-    *("ExportError", "fold", "recalibrate"),
+    *("ExportError", "fold", "recalibrate", "removal_report"),
     "__version__",
 ]
 ERRORS = [name for name in NAMES if name.endswith("Error")]
@@ -76,7 +76,7 @@ def test_public_name_has_a_docstring(name: str) -> None:
     ("function", "parameters"),
     [
         ("prepare", ["model", "space", "rules", "example_inputs"]),
-        ("convert", ["model", "policy"]),
+        ("convert", ["model", "policy", "space", "remove", "round_to"]),
         ("cost", ["model_or_policy", "example_inputs", "convention"]),
         ("channel_groups", ["model", "example_inputs"]),
         ("calibrate", ["model", "batches"]),
