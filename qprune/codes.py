@@ -27,6 +27,7 @@ class WeightCodes:
     zero_point  [F] float32, a multiple of 1/2; 1/2 itself for grids without a level at zero ("dorefa", and one bit)
     scale       [F] float32; 0 for filters of 0 and 32 bits
     floats      [F, …] float32: the weight of filters of 32 bits, 0 elsewhere; None if there are none
+    kept        bool, broadcasts with the weight, or None: where False the weight is zero, whatever its level, also on a grid without zero
     """
 
     levels: Tensor
@@ -35,10 +36,11 @@ class WeightCodes:
     zero_point: Tensor
     scale: Tensor
     floats: Tensor | None = None
+    kept: Tensor | None = None
 
     def values(self) -> Tensor:
         """The quantized weight, float32: what the layer computes with."""
-        value = (self.levels - self._column(self.zero_point)) * self._column(self.scale)
+        value = self._there((self.levels - self._column(self.zero_point)) * self._column(self.scale))
         return value if self.floats is None else value + self.floats
 
     def signed(self) -> tuple[Tensor, Tensor]:
@@ -48,7 +50,10 @@ class WeightCodes:
         """
         doubled = 1.0 + (self.zero_point % 1 != 0)
         codes = (self.levels - self._column(self.zero_point)) * self._column(doubled)
-        return torch.where(self._column(self.steps) > 0, codes, 0.0).to(torch.int32), self.scale / doubled
+        return self._there(torch.where(self._column(self.steps) > 0, codes, 0.0)).to(torch.int32), self.scale / doubled
+
+    def _there(self, values: Tensor) -> Tensor:
+        return values if self.kept is None else values * self.kept
 
     def _column(self, value: Tensor) -> Tensor:
         return value.view(-1, *[1] * (self.levels.dim() - 1))
@@ -81,7 +86,7 @@ def weight_codes(layer: Quantizing) -> WeightCodes:
     levels = (quantized / torch.where(quantizes, scale, 1.0).view(shape) + zero_point.view(shape)).round()
     levels = torch.where(quantizes.view(shape), levels, 0.0).to(torch.int32)
     floats = torch.where(quantizes.view(shape), 0.0, quantized) if FLOAT in layer.w_bits else None
-    return WeightCodes(levels, layer.w_bits, steps.to(torch.int32), zero_point, scale, floats)
+    return WeightCodes(levels, layer.w_bits, steps.to(torch.int32), zero_point, scale, floats, quantizer.kept)
 
 
 @dataclass(frozen=True)
