@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -31,7 +32,9 @@ def channel_groups(model: nn.Module, example_inputs: ExampleInputs) -> tuple[Cha
 
     twin = float_twin(unwrap(model)).eval().requires_grad_(True)
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), warnings.catch_warnings():
+            # parameters that are no module's, like a scale per channel: what pruning does to them is tried below
+            warnings.filterwarnings("ignore", "Unwrapped parameters", UserWarning)
             graph = torch_pruning.DependencyGraph().build_dependency(twin, example_inputs, forward_fn=run)
             groups = _collect(twin, graph)
             carriers = {name for group in groups for name in group.carriers}
