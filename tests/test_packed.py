@@ -105,18 +105,23 @@ def test_the_file_is_what_the_cost_says(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("remove", [True, False])
+@pytest.mark.parametrize("space", [{}, {"weight_quantizer": "dorefa", "input_quantizer": "lsq+"}], ids=["lsq", "dorefa"])
 @pytest.mark.parametrize("name", ["resnet8", "mobilenet", "lenet5"])
-def test_pruned_networks(name: str, remove: bool, tmp_path: Path) -> None:
+def test_pruned_networks(name: str, space: dict[str, Any], remove: bool, tmp_path: Path) -> None:
     build = NETWORKS[name]
-    mixed = prepare(build(), SearchSpace((0, 2, 4), (4, 8), granularity="filter"), example_inputs=X)
+    mixed = prepare(build(), SearchSpace((0, 2, 4), (4, 8), granularity="filter", **space), example_inputs=X)
     mixed.train()(torch.randn(8, 1, 16, 16))
     geometry = geometry_of(mixed)
     names = list(geometry.layers)
     layers = {
         n: (tuple((4, 0, 2, 2)[f % 4] for f in range(layer.filters)) if n != names[-1] else 4, 8) for n, layer in geometry.layers.items()
     }
-    final = convert(mixed, Policy(layers, geometry), remove=remove).eval()
-    round_trip(final, build, tmp_path / "net.packed")
+    policy = Policy(layers, geometry)
+    final = convert(mixed, policy, remove=remove).eval()
+    _, parts = round_trip(final, build, tmp_path / "net.packed")
+    expected = -(-int(cost(policy).size_bits) // 8)
+    # where pruned channels stay, a grid with a zero also codes the weights that read them
+    assert parts.codes > expected if not (remove or space) else parts.codes == expected
 
 
 UNITS: dict[str, dict[str, Any]] = {
