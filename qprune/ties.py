@@ -144,6 +144,9 @@ def not_removable(geometry: Geometry, prunable: Collection[str]) -> dict[str, st
             reasons[name] = f"its channels are those of {', '.join(others)} too, which cannot be pruned per filter"
         elif not filters.read[mine].all():
             reasons[name] = "no layer is known to read its channels"
+        else:
+            why = dict.fromkeys(group.why for group in geometry.groups if name in group.producers and not group.removable and group.why)
+            reasons |= {name: ", ".join(why)} if why else {}
     return reasons
 
 
