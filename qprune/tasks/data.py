@@ -19,11 +19,14 @@ from . import own
 from .cifar import cifar, cifar10, cifar100
 from .digits import digits
 from .imagefolder import imagefolder
+from .lazy import ImageLoader, Images
 from .task import Batches, DataError, Loader, Part, Split, Task, stratified
 
 __all__ = [
     "Batches",
     "DataError",
+    "ImageLoader",
+    "Images",
     "Loader",
     "Part",
     "Split",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -77,7 +78,7 @@ class Damage:
         self.names[name] = reason
         if len(self.names) > self.limit:
             worst = "; ".join(f"{name}: {reason}" for name, reason in list(self.names.items())[-5:])
-            raise DataError(f"{len(self.names)} damaged images, {self.limit} allowed (option max_damaged). The last: {worst}")
+            raise DataError(f"damaged images: {len(self.names)}, allowed: {self.limit} (option max_damaged); the last: {worst}")
         log.warning("skipped damaged image %d of at most %d: %s: %s", len(self.names), self.limit, name, reason)
 
 
@@ -173,7 +174,11 @@ class ImageLoader:
             generator=torch.Generator(),  # else a pass would take a number from the global one
             pin_memory=torch.device(self.part.device).type == "cuda",
         )
-        for x, y, damaged in loader:
+        with warnings.catch_warnings():
+            # of Python 3.12 and later, for any process with threads, such as torch's; the workers call nothing that waits for these
+            warnings.filterwarnings("ignore", message=".*use of fork\\(\\) may lead to deadlocks", category=DeprecationWarning)
+            batches = iter(loader)
+        for x, y, damaged in batches:
             for name, reason in damaged:
                 self.part.damage.add(name, reason)
             if len(y):

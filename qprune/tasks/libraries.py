@@ -36,9 +36,7 @@ def _package(module: str, library: str) -> Any:
         return importlib.import_module(module)
     except Exception as error:  # a torchvision built for another torch raises whatever its first failing operator does
         reason = " ".join(str(error).split())
-        raise ModelError(
-            f"{library} cannot be imported ({type(error).__name__}: {reason}); pip install '{LIBRARIES[library]}', built for this torch"
-        ) from error
+        raise ModelError(f"{library} cannot be imported ({type(error).__name__}: {reason}); pip install '{LIBRARIES[library]}'") from error
 
 
 def _known(name: str, network: str, names: Sequence[str]) -> None:

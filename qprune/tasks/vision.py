@@ -22,7 +22,7 @@ def transforms_v2(what: str) -> Any:
         reason = " ".join(str(error).split())
         raise DataError(
             f"{what} needs torchvision, which cannot be imported ({type(error).__name__}: {reason}); pip install 'qprune[vision]', "
-            "built for the torch that is installed"
+            "with a torchvision that is built for this torch"
         ) from error
     return v2
 
