@@ -236,9 +236,10 @@ class _Check:
         layer.row = replace(row, flips=row.flips + flips, ulps=max(row.ulps, ulps), changed=row.changed + changed)
         if ulps > TIE_ULPS:
             self._fail(layer, f"a code differs {ulps:.0f} units in the last place away from the boundary of its level")
+        result = module.spread_out(result)
         if made.float.any():
-            result = torch.where(_channels(module, made.float), _inner(module, y), result)
-        return _outer(module, result, y)
+            result = torch.where(_placed(module, _channels(module, made.float).float()) > 0, _flat(module, y), result)
+        return result.reshape(y.shape)
 
     def _judge(self, layer: _Layer, module: QuantConv2d | QuantLinear, values: Tensor, result: Tensor, y: Tensor) -> None:
         """Compare a layer's integer output to its own, and to its own with exact sums, on the same codes."""
@@ -249,19 +250,19 @@ class _Check:
         size = apply(module, values.abs() + abs(layer.site.offset), weight.abs(), torch.float64)
         if module.bias is not None:
             exact, size = exact + _channels(module, module.bias.double()), size + _channels(module, module.bias.double().abs())
-        checked = ~_channels(module, layer.integer.float)
+        checked = (~_channels(module, layer.integer.float)).float()
         limit = (ROUNDINGS * EPSILON * size).clamp_min(torch.finfo(torch.float32).tiny)
         error = float(((result - exact).abs() / limit * checked).nan_to_num(torch.inf).max())
         if error > 1:
             self._fail(layer, f"its output differs {error:.3g} times as much as rounding can explain")
-        theirs = _inner(module, y)
-        unit = EPSILON if theirs.device.type == "cpu" else 2.0**-11  # TensorFloat-32
-        summing = float(((theirs - exact).abs() / (limit + unit * weight[0].numel() * size) * checked).nan_to_num(torch.inf).max())
-        if summing > 1:
+        theirs, ours = _flat(module, y), module.spread_out(result)
+        unit = EPSILON if y.device.type == "cpu" else 2.0**-11  # TensorFloat-32
+        allowed = _placed(module, limit + unit * weight[0].numel() * size)
+        if not ((theirs - module.spread_out(exact)).abs() * _placed(module, checked) <= allowed).all():
             self._fail(layer, "the layer itself does not compute the convolution of its codes")
         # outputs that are zero but for rounding are no measure
         largest = max(float(theirs.abs().max()), float(size.max()) / 1000)
-        row, difference = layer.row, float(((result - theirs).abs() * checked).max()) / (largest or 1.0)
+        row, difference = layer.row, float(((ours - theirs).abs() * _placed(module, checked)).max()) / (largest or 1.0)
         layer.row = replace(row, error=max(row.error, error), difference=max(row.difference, difference))
 
     def _fail(self, layer: _Layer, reason: str) -> None:
@@ -311,15 +312,14 @@ def _read(layer: nn.Module, x: Tensor) -> Tensor:
     return layer.gathered(x)
 
 
-def _inner(layer: QuantConv2d | QuantLinear, y: Tensor) -> Tensor:
-    """The outputs that the layer's filters made, of its output."""
-    y = y.reshape(-1, layer.out_features) if isinstance(layer, QuantLinear) else y if y.dim() == 4 else y.unsqueeze(0)
+def _flat(layer: QuantConv2d | QuantLinear, y: Tensor) -> Tensor:
+    """The layer's output as [N, C, H, W] or [N, C]."""
+    return y.reshape(-1, layer.out_features) if isinstance(layer, QuantLinear) else y if y.dim() == 4 else y.unsqueeze(0)
+
+
+def _placed(layer: QuantConv2d | QuantLinear, value: Tensor) -> Tensor:
+    """Values of the filters where their outputs are, with zeros between."""
     if layer.spread is None:
-        return y
-    axis = layer.spread.axis % y.dim()
-    places = layer.spread.index.argsort(stable=True)[: layer.spread.channels]
-    return y.index_select(axis, places)
-
-
-def _outer(layer: QuantConv2d | QuantLinear, result: Tensor, like: Tensor) -> Tensor:
-    return layer.spread_out(result).reshape(like.shape)
+        return value
+    zero = torch.zeros_like(value.narrow(layer.spread.axis, 0, 1))
+    return torch.cat([value, zero], layer.spread.axis).index_select(layer.spread.axis, layer.spread.index)

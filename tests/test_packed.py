@@ -22,7 +22,7 @@ from qprune.codes import weight_codes
 from qprune.cost import geometry_of
 from qprune.errors import InputError
 from qprune.export.packed import PackedSizes
-from qprune.nn import QuantConv2d, QuantLinear
+from qprune.nn import QuantConv2d, QuantLinear, integer
 from qprune.nn.codebook import to_codebook
 from qprune.nn.quantizing import Quantizing
 from qprune.nn.surgery import replace_modules
@@ -238,6 +238,20 @@ def test_a_loaded_network_is_for_inference(tmp_path: Path) -> None:
     assert all(torch.equal(value, state[name]) for name, value in blank.state_dict().items())
     with pytest.raises(CheckpointError, match="read from packed codes"):
         save(again, tmp_path / "net.safetensors")
+
+
+def test_a_loaded_network_evaluates_on_integers(tmp_path: Path) -> None:
+    build = NETWORKS["resnet20"]
+    again, _ = round_trip(final_model(build, (2, 4, 8), (4, 8)), build, tmp_path / "net.packed")
+    with torch.no_grad(), integer.enabled():
+        found = [again(X) for _ in range(2)]
+    kept = {layer: codes for layer, codes in integer._kept.items() if layer in set(again.modules())}
+    with torch.no_grad(), integer.enabled():
+        again(X)
+    assert len(kept) == 20 and all(integer._kept[layer] is codes for layer, codes in kept.items())
+    with torch.no_grad():
+        torch.testing.assert_close(found[0], again(X), rtol=1e-4, atol=1e-4)
+    assert torch.equal(found[0], found[1])
 
 
 def test_refusals(tmp_path: Path) -> None:

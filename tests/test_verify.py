@@ -259,6 +259,33 @@ def test_inputs_that_another_layer_quantized(bits: Any) -> None:
         assert (second.status, second.reason) == (third.status, third.reason) == ("float", reason)
 
 
+class Block(nn.Module):
+    """A grouped convolution, which keeps filters that it does not need, on a residual path, which keeps channels that others write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Conv2d(8, 8, 3, padding=1, groups=4), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.b(torch.relu(self.norm(self.a(x)))))
+
+
+@pytest.mark.parametrize("remove", [True, False])
+@pytest.mark.parametrize("round_to", [1, 4])
+def test_layers_that_are_narrower_than_their_surroundings(round_to: int, remove: bool) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), Block(), nn.Flatten(), nn.Linear(2048, 5))
+    mixed = prepare(net, SearchSpace((0, 1, 4, 32), (1, 8), granularity="filter"), example_inputs=images(2))
+    qprune.calibrate(mixed, [images(8)])
+    layers = {"0": ((4, 0, 1, 4, 4, 0, 4, 1), 8), "3.a": ((0, 4, 4, 1, 0, 0, 4, 32), 8), "3.b": ((4, 1, 0, 0, 0, 4, 1, 0), 1), "5": (4, 8)}
+    final = convert(mixed, Policy(layers, geometry_of(mixed)), remove=remove, round_to=round_to).eval()
+    if remove:
+        assert any(getattr(layer, "spread", None) is not None for layer in final.modules())
+    found = verify(final, [images(8, 50)])
+    assert found.ok and {row.status for row in found.layers} == {"integer"}, str(found)
+    assert found.changed or found.difference < 1e-5
+
+
 def test_nothing_of_the_model_changes() -> None:
     final = final_model("lenet5", (2, 4), (4,)).train()
     before = {name: value.clone() for name, value in final.state_dict().items()}

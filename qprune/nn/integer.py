@@ -18,7 +18,7 @@ from qprune.kernels import quant_conv2d_int8
 from qprune.kernels.launch_int8 import MAX_SUM
 from qprune.kernels.reference_int8 import fits, weight_codes
 from qprune.nn.quantizing import Quantizing
-from qprune.quantizers import WeightQuantizer
+from qprune.quantizers import StoredWeightQuantizer, WeightQuantizer
 
 _VECTOR = 16  # channels that a load moves at once; the kernels take other numbers too, one by one
 _on = False
@@ -101,7 +101,7 @@ def _make(layer: Quantizing, sources: tuple[Tensor, ...], versions: tuple[tuple[
 def _codes(layer: Quantizing) -> _Codes:
     w, a = layer.weight_quantizer, layer.input_quantizer
     assert isinstance(w, WeightQuantizer)
-    sources = (layer.weight, layer.one_hot, w.log_range, a.log_range, a.signed)
+    sources = (layer.weight, layer.one_hot, w.scale if isinstance(w, StoredWeightQuantizer) else w.log_range, a.log_range, a.signed)
     capturing = layer.weight.is_cuda and torch.cuda.is_current_stream_capturing()
     if capturing or any(t.is_inference() for t in sources):
         # a captured graph shall follow the weights, and PyTorch does not count the changes of inference tensors
