@@ -28,6 +28,7 @@ from qprune.resume.folder import ENVIRONMENT, OPTIONS, RESULT, SEED, STATES, beg
 from qprune.resume.phase import METRICS
 from qprune.resume.signals import Stop, Stopped
 from qprune.tasks.sources import network_of, task_of
+from qprune.tasks.task import Task
 
 log = logging.getLogger("qprune")
 FORMAT = 1
@@ -141,10 +142,12 @@ def run(
                 if done is not None:
                     _tidy(folder)
                     return done
-            else:
+            task = task_of(options)
+            geometry = Geometry(trace_geometry(network_of(options, task), task.example()))
+            if began is None:
                 open_folder(folder, overwrite)
                 begin(folder, options, environment())
-            return _run(options, folder, watcher, lambda place: Checkpoints(place / STATES, minutes, keep, stop))
+            return _run(options, task, geometry, folder, watcher, lambda place: Checkpoints(place / STATES, minutes, keep, stop))
         except Stopped as stopped:
             raise Stopped(stopped.number, f"{stopped}; go on with: qprune search --resume --out {folder}") from None
 
@@ -160,10 +163,9 @@ def finished(folder: Path) -> dict[str, Any] | None:
     return dict(result)
 
 
-def _run(options: RunOptions, folder: Path, watcher: Watcher, checkpoints: Callable[[Path], Checkpoints]) -> dict[str, Any]:
-    task = task_of(options)
-    net = network_of(options, task)
-    geometry = Geometry(trace_geometry(net, task.example()))
+def _run(
+    options: RunOptions, task: Task, geometry: Geometry, folder: Path, watcher: Watcher, checkpoints: Callable[[Path], Checkpoints]
+) -> dict[str, Any]:
     runs: list[dict[str, Any]] = []
     limits: dict[str, float] = {}
     for index in range(options.seeds):

@@ -41,7 +41,8 @@ def resolve(text: str, kind: type[QPruneError]) -> Callable[..., Any]:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise
-        raise kind(f"{text}: there is no module {error.name!r} in {here} and among the installed packages") from None
+        meant = f"; write {text.replace('.py:', ':', 1)}" if module_name.endswith(".py") else ""
+        raise kind(f"{text}: there is no module {error.name!r} in {here} or among the installed packages{meant}") from None
     found: Any = module
     for name in function_name.split("."):
         if not hasattr(found, name):
