@@ -38,18 +38,19 @@ from qprune.geometry import ExampleInputs
 OPSET = 18
 
 
-def export_qonnx(model: nn.Module, path: str | Path, example_inputs: ExampleInputs, split_widths: bool = False) -> Path:
+def export_qonnx(model: nn.Module, path: str | Path, example_inputs: ExampleInputs, split_widths: bool = True) -> Path:
     """Write a converted (or float) network as QONNX, cleaned and with all shapes as qonnx's tools want it; returns the path.
 
     example_inputs  for one call, float32: they fix all shapes, the batch size among them, as qonnx needs it. For costs per sample use a
                     batch of 1
-    split_widths    False: a weight whose filters differ in bits is one Quant per width, concatenated (the widest first) and put in order;
-                    tools that ask for the data type of the weight get the widest, and filters at 0 bits are zeros in it.
-                    True: a layer whose filters differ in bits is one layer per width, and none for filters at 0 bits, so that these tools
-                    see every filter at its own bits. Grouped convolutions stay whole, unless they are depthwise
+    split_widths    True: a layer whose filters differ in bits is one layer per width, and none for filters at 0 bits, so that tools, which
+                    know one data type per tensor, see every filter at its own bits. Grouped convolutions stay whole, unless depthwise.
+                    False: its weight is one Quant per width, concatenated (the widest first) and put in order; tools take the whole
+                    weight for as wide as the widest, and filters at 0 bits are zeros in it
 
-    With split_widths, after the removal of pruned filters, qonnx.util.inference_cost(path, discount_sparsity=False) counts the bit
-    operations of qprune.cost, if all layers are quantized on grids with integer levels, and activations where they are consumed.
+    After the removal of pruned filters qonnx.util.inference_cost(path, discount_sparsity=False) counts the bit operations of qprune.cost
+    for grids with integer levels and inputs that are quantized per layer. It counts one bit more for every weight of half-integer levels,
+    32 for inputs with learned offsets, and the widest channel of inputs that their producer has quantized.
 
     The model is not changed. Raises ExportError for a network that is still being searched, or that torch.export or torch.onnx cannot take
     (it names the operators), and where a package is missing.

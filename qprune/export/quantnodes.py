@@ -128,8 +128,8 @@ class QonnxParts(PlainParts):
     def weight(self, layer: FixedLayer) -> nn.Module:
         if isinstance(layer, CodebookLayer) or not isinstance(layer.weight_quantizer, WeightQuantizer):
             return super().weight(layer)
-        whole = isinstance(layer, nn.Conv2d) and layer.groups not in (1, layer.in_channels)
-        return quant_weight(layer, apart=self.split_widths and not whole)
+        grouped = isinstance(layer, nn.Conv2d) and layer.groups > 1 and layer.weight.size(1) > 1
+        return quant_weight(layer, apart=self.split_widths and not grouped)
 
     def input(self, quantizer: InputQuantizer) -> nn.Module:
         if quantizer.bits in ((FLOAT,), (PRUNED,)):
@@ -170,7 +170,10 @@ def _kind(bits: int, steps: float, zero_point: float) -> tuple[int, bool]:
 def _part(value: Tensor, scale: Tensor, bits: int, narrow: bool) -> nn.Module:
     if bits in (PRUNED, FLOAT):
         return Constant(value)
-    return QuantWeight(value, Quant(_shared(torch.where(scale > 0, scale, 1.0), value.dim()), bits, signed=True, narrow=narrow))
+    # a scale that folding made negative is a positive one of codes with the other sign, if the grid has them
+    lowest = (value.flatten(1) / scale.unsqueeze(1)).round().amin(1)
+    scale = torch.where((scale < 0) & ((bits == 1) | (lowest > -(2 ** (bits - 1)))), -scale, scale)
+    return QuantWeight(value, Quant(_shared(torch.where(scale != 0, scale, 1.0), value.dim()), bits, signed=True, narrow=narrow))
 
 
 def _shared(scale: Tensor, dim: int) -> Tensor:
@@ -202,43 +205,42 @@ class SplitLayer(nn.Module):
 
     order: Tensor
     constant: Tensor
+    gather: nn.Module | None
+    spread: nn.Module | None
 
     def __init__(self, layer: DeployedConv2d | DeployedLinear, weight: Sorted) -> None:
         super().__init__()
-        self.input, self.axis = layer.input, -3 if isinstance(layer, nn.Conv2d) else -1
+        self.input, self.gather, self.spread = layer.input, layer.gather, layer.spread
+        self.axis = -3 if isinstance(layer, nn.Conv2d) else -1
         bias = torch.zeros(len(weight.order)) if layer.bias is None else layer.bias
         parts = list(zip(weight.parts, weight.filters, strict=True))
         pruned = [rows for part, rows in parts if isinstance(part, Constant) and not part.value.any()]
         kept = [(part, rows) for part, rows in parts if rows not in pruned]
-        self.layers = nn.ModuleList(_filters(layer, part, rows) for part, rows in kept)
+        self.layers = nn.ModuleList(_filters(layer, part, rows, len(weight.order)) for part, rows in kept)
         self.register_buffer("order", _order([rows for _, rows in kept] + pruned))
         self.register_buffer("constant", bias[[f for rows in pruned for f in rows]])
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.input(x)
+        x = self.input(x if self.gather is None else self.gather(x))
         made = [layer(x) for layer in self.layers]
         if self.constant.numel():
             shape = list(made[0].shape)
             shape[self.axis] = self.constant.numel()
             made.append(self.constant.view(-1, *[1] * (-1 - self.axis)).expand(shape))
-        return torch.cat(made, self.axis).index_select(self.axis % x.dim(), self.order)
+        y = torch.cat(made, self.axis).index_select(self.axis % x.dim(), self.order)
+        return y if self.spread is None else self.spread(y)
 
 
-def _filters(layer: DeployedConv2d | DeployedLinear, weight: nn.Module, filters: list[int]) -> nn.Module:
-    """The layer with some of its filters, on an input that is quantized already."""
+def _filters(layer: DeployedConv2d | DeployedLinear, weight: nn.Module, filters: list[int], of: int) -> nn.Module:
+    """The layer with some of its filters, `of` in all, on an input that is quantized already."""
 
     def setup(part: DeployedConv2d | DeployedLinear) -> None:
-        del part._modules["weight"], part._modules["input"]
-        part.add_module("weight", weight)
-        part.add_module("input", nn.Identity())
+        part.surround(None, None)
+        part._modules.update(weight=weight, input=nn.Identity())
         if layer.bias is not None:
             part._parameters["bias"] = nn.Parameter(layer.bias[filters], requires_grad=False)
-        if isinstance(layer, nn.Linear):
-            part.out_features = len(filters)
-            return
-        part.out_channels = len(filters)
-        if layer.groups > 1:
-            part._modules["input"] = Channels([f * layer.groups // layer.out_channels for f in filters])
-            part.groups = part.in_channels = len(filters)
+        if isinstance(part, nn.Conv2d) and part.groups > 1:
+            part._modules["input"] = Channels([f * part.groups // of for f in filters])
+            part.groups = len(filters)
 
     return take_over(type(layer), layer, setup)
