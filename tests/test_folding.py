@@ -32,7 +32,6 @@ from qprune import (
 from qprune.codes import weight_codes
 from qprune.cost import cost, geometry_of
 from qprune.errors import InputError
-from qprune.export.onnx import export_onnx
 from qprune.geometry import weighted_layers
 from qprune.nn import QuantConv2d, QuantLinear, integer
 from qprune.nn.codebook import to_codebook
@@ -314,25 +313,6 @@ def test_float_networks_too(tmp_path: Path) -> None:
     save(done, tmp_path / "file")
     back = load(tmp_path / "file", LOOKALIKES["mobilenet_v2"]).eval()
     assert torch.equal(back(X), done(X))
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-def test_onnxruntime_takes_negative_scales(bits: int, tmp_path: Path) -> None:
-    onnxruntime = pytest.importorskip("onnxruntime")
-    torch.manual_seed(0)
-    second = QuantConv2d(16, 8, 3, w_bits=bits, a_bits=8)
-    net = nn.Sequential(*unit("lsq", bits), nn.ReLU(), second, season(nn.BatchNorm2d(8))).eval()
-    calibrate(net, [X])
-    done = fold(net, X)
-    assert (weight_codes(done[0]).scale < 0).any()
-    export_onnx(done, tmp_path / "net.onnx", X)
-    expected = done(X).detach()
-    for level, tolerance in (("ORT_DISABLE_ALL", 1e-5), ("ORT_ENABLE_ALL", 0.02)):
-        options = onnxruntime.SessionOptions()
-        options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
-        session = onnxruntime.InferenceSession(tmp_path / "net.onnx", options, providers=["CPUExecutionProvider"])
-        (y,) = session.run(None, {session.get_inputs()[0].name: X.numpy()})
-        torch.testing.assert_close(torch.from_numpy(y), expected, rtol=tolerance, atol=tolerance)
 
 
 def test_only_those_that_are_named() -> None:
