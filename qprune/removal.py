@@ -44,7 +44,7 @@ def apply_removal(
     for name, carrier in plan.carriers.items():
         known, needed = entries_of(modules[name]) if name in modules else 0, max((*carrier.silent, *carrier.absent)) + 1
         if known < needed:
-            here = f"a {type(modules[name]).__name__} of {known}" if name in modules else "not there"
+            here = f"a {type(modules[name]).__name__} of {known}" if known else "none"
             raise PolicyMismatchError(
                 f"the policy was made for another network: in that, {name!r} was a normalisation or nn.PReLU of {needed} channels or more, "
                 f"here it is {here}"
@@ -64,8 +64,7 @@ def describe_removal(geometry: Geometry, plan: Plan) -> tuple[LayerRemoval, ...]
     for name, left in plan.layers.items():
         layer = geometry.layers[name]
         removed = layer.filters - len(left.outputs)
-        lost = set(left.silent) - set(left.rows)
-        spread = len(lost & set(left.outputs))
+        spread = len(set(left.outputs) - set(left.rows))
         if not left.silent and len(left.columns) == layer.channels and len(left.rows) == layer.filters:
             continue
         why = _why(name, geometry, left.fillers, spread, layer.groups > 1 and not layer.depthwise)
@@ -76,7 +75,7 @@ def describe_removal(geometry: Geometry, plan: Plan) -> tuple[LayerRemoval, ...]
 
 
 def _why(name: str, geometry: Geometry, fillers: Sequence[int], spread: int, grouped: bool) -> str:
-    reasons = []
+    reasons: list[str] = []
     if spread:
         groups = [group for group in geometry.groups if name in group.producers]
         known = next((group.why for group in groups if group.why), "")

@@ -140,8 +140,7 @@ def plan_removal(geometry: Geometry, pruned: Mapping[str, Sequence[int]], remove
     round_to  channels that are taken out leave a multiple of this, where they can: of the layers that are tied, some filters at 0 bits stay
     """
     channels = _Channels(geometry, pruned, round_to if remove else 1)
-    gone = {name: np.zeros(layer.channels, bool) for name, layer in geometry.layers.items()}
-    absent = {name: np.zeros(layer.channels, bool) for name, layer in geometry.layers.items()}
+    gone, unread, absent = ({name: np.zeros(layer.channels, bool) for name, layer in geometry.layers.items()} for _ in range(3))
     carriers: dict[str, tuple[set[int], set[int]]] = {}
     for group in channels.groups:
         made = np.stack([channels.made(group, name) for name in group.producers])
@@ -150,7 +149,8 @@ def plan_removal(geometry: Geometry, pruned: Mapping[str, Sequence[int]], remove
         out, filler = channels.removed[labels], channels.filler[labels]
         for name in group.consumers.keys() - group.producers.keys():
             i, r = np.array(group.consumers[name], int).reshape(-1, 2).T
-            gone[name][i] |= silent[r] & ~filler[r]
+            gone[name][i] |= silent[r]
+            unread[name][i] |= silent[r] & ~filler[r]
             absent[name][i] |= out[r]
         for name, pairs in group.carriers.items():
             lost, quiet = carriers.setdefault(name, (set(), set()))
@@ -162,7 +162,18 @@ def plan_removal(geometry: Geometry, pruned: Mapping[str, Sequence[int]], remove
         removed = channels.removed[channels.labels[filters]]
         dead, filler = channels.pruned[filters], channels.filler[channels.labels[filters]]
         if remove:
-            layers[name] = _layer_plan(layer, dead, filler, removed, gone[name], absent[name], round_to)
+            rows, columns = (~dead | filler).reshape(layer.groups, -1), (~unread[name]).reshape(layer.groups, -1)
+            rows, columns = _regular(layer, rows, columns, ~removed, ~absent[name], round_to)
+            layers[name] = LayerPlan(
+                rows=_numbers(rows),
+                columns=_numbers(columns),
+                groups=int(rows.any(1).sum()),
+                present=_numbers(~absent[name]),
+                outputs=_numbers(~removed),
+                fillers=tuple(f for f in _numbers(rows) if dead[f]),
+                silent=_numbers(dead),
+                gone=gone[name],
+            )
         else:
             every = _numbers(np.ones(layer.channels, bool))
             rows = _numbers(np.ones(layer.filters, bool))
@@ -175,53 +186,32 @@ def _numbers(mask: Mask) -> tuple[int, ...]:
     return tuple(np.flatnonzero(mask).tolist())
 
 
-def _layer_plan(layer: LayerGeometry, dead: Mask, filler: Mask, removed: Mask, gone: Mask, absent: Mask, round_to: int) -> LayerPlan:
-    rows, columns = (~dead | filler).reshape(layer.groups, -1), (~gone).reshape(layer.groups, -1)
+def _regular(layer: LayerGeometry, rows: Mask, columns: Mask, made: Mask, present: Mask, round_to: int) -> tuple[Mask, Mask]:
+    """rows and columns, [groups, …], that are to be computed, with others that make them a convolution: groups of which nothing remains are
+    dropped, the others have equal numbers. Of the others, those that are in the tensors around it (made, present) come first."""
+    made, present = made.reshape(rows.shape), present.reshape(columns.shape)
     alive = rows.any(1) & columns.any(1)
     if layer.groups == 1:
-        rows = _rounded(rows, dead.reshape(1, -1), ~removed.reshape(1, -1), round_to)
+        rows = _filled(rows, made, -(-int(rows.sum()) // round_to) * round_to)
         if layer.kind != "Linear":
-            columns = _rounded(columns, gone.reshape(1, -1), ~absent.reshape(1, -1), round_to)
+            columns = _filled(columns, present, -(-int(columns.sum()) // round_to) * round_to)
     else:
-        rows = _evened(rows[alive], removed.reshape(rows.shape)[alive], rows, alive)
-        columns = _evened(columns[alive], absent.reshape(columns.shape)[alive], columns, alive)
-    picked = _numbers((rows & alive[:, None]).ravel())
-    return LayerPlan(
-        rows=picked,
-        columns=_numbers((columns & alive[:, None]).ravel()),
-        groups=int(alive.sum()),
-        present=_numbers(~absent),
-        outputs=_numbers(~removed),
-        fillers=tuple(f for f in picked if dead[f]),
-        silent=_numbers(dead),
-        gone=gone,
-    )
+        filters, inputs = (int(mask[alive].sum(1).max(initial=0)) for mask in (rows, columns))
+        spare = np.flatnonzero(~alive)
+        spare = spare[np.argsort(~(made.any(1) & present.any(1))[spare], kind="stable")]
+        missing = next((n for n in range(len(spare)) if filters * (alive.sum() + n) % round_to == 0), len(spare)) if filters else 0
+        alive[spare[:missing]] = True
+        rows, columns = _filled(rows, made, filters), _filled(columns, present, inputs)
+    return rows & alive[:, None], columns & alive[:, None]
 
 
-def _rounded(chosen: Mask, others: Mask, there: Mask, round_to: int) -> Mask:
-    """chosen, with as many of `others`, first those that are `there`, as make its number a multiple; all if they do not suffice."""
-    missing = -int(chosen.sum()) % round_to
-    if not missing or not chosen.any():
-        return chosen
-    spare = np.flatnonzero(others & ~chosen)
-    spare = spare[np.argsort(~there.ravel()[spare], kind="stable")]
-    result = chosen.copy().ravel()
-    result[spare[:missing]] = True
-    return result.reshape(chosen.shape)
-
-
-def _evened(chosen: Mask, removed: Mask, everything: Mask, alive: Mask) -> Mask:
-    """`everything`, whose rows `alive` have the entries `chosen` and as many others as make their numbers equal, those outside last."""
-    result = everything.copy()
-    widest = int(chosen.sum(1).max(initial=0))
-    rows = []
-    for row, out in zip(chosen, removed, strict=True):
-        spare = np.flatnonzero(~row)
-        spare = spare[np.argsort(out[spare], kind="stable")]
-        rows.append(row.copy())
-        rows[-1][spare[: widest - int(row.sum())]] = True
-    if rows:
-        result[alive] = np.stack(rows)
+def _filled(chosen: Mask, there: Mask, number: int) -> Mask:
+    """chosen [groups, …] with so many entries per group, where there are as many, those that are `there` first."""
+    result = chosen.copy()
+    for row, wanted, known in zip(result, chosen, there, strict=True):
+        spare = np.flatnonzero(~wanted)
+        spare = spare[np.argsort(~known[spare], kind="stable")]
+        row[spare[: max(number - int(wanted.sum()), 0)]] = True
     return result
 
 
