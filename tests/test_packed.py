@@ -240,18 +240,20 @@ def test_a_loaded_network_is_for_inference(tmp_path: Path) -> None:
         save(again, tmp_path / "net.safetensors")
 
 
-def test_a_loaded_network_evaluates_on_integers(tmp_path: Path) -> None:
+def test_loaded_layers_evaluate_on_integers(tmp_path: Path) -> None:
     build = NETWORKS["resnet20"]
-    again, _ = round_trip(final_model(build, (2, 4, 8), (4, 8)), build, tmp_path / "net.packed")
-    with torch.no_grad(), integer.enabled():
-        found = [again(X) for _ in range(2)]
-    kept = {layer: codes for layer, codes in integer._kept.items() if layer in set(again.modules())}
-    with torch.no_grad(), integer.enabled():
-        again(X)
-    assert len(kept) == 20 and all(integer._kept[layer] is codes for layer, codes in kept.items())
-    with torch.no_grad():
-        torch.testing.assert_close(found[0], again(X), rtol=1e-4, atol=1e-4)
-    assert torch.equal(found[0], found[1])
+    final = final_model(build, (2, 4, 8), (4, 8))
+    again, _ = round_trip(final, build, tmp_path / "net.packed")
+    layers = {name: layer for name, layer in again.named_modules() if isinstance(layer, QuantConv2d) and layer.in_channels % 16 == 0}
+    assert len(layers) == 20
+    for name, layer in layers.items():
+        x = torch.randn(2, layer.in_channels, 6, 6)
+        with torch.no_grad(), integer.enabled():
+            y = layer(x)
+            codes = integer._kept[layer]
+            assert torch.equal(layer(x), y) and integer._kept[layer] is codes
+        with torch.no_grad():
+            torch.testing.assert_close(y, dict(final.named_modules())[name](x), rtol=1e-4, atol=1e-4)
 
 
 def test_refusals(tmp_path: Path) -> None:
