@@ -31,6 +31,7 @@ from qprune.errors import (
     UnsupportedLayerError,
     VerificationError,
 )
+from qprune.export.onnx import export_onnx
 from qprune.export.packed import load_packed, save_packed
 from qprune.export.qonnx import export_qonnx
 from qprune.folding import fold
@@ -70,6 +71,7 @@ __all__ = [
     "channel_groups",
     "convert",
     "cost",
+    "export_onnx",
     "export_qonnx",
     "fold",
     "functional",
