@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from . import branching, idioms, mobile, plain, residual
+from . import branching, idioms, mobile, plain, residual, tricky
 
 LOOKALIKES: dict[str, Callable[[], nn.Module]] = {
     "alexnet": plain.AlexNet,
@@ -42,6 +42,29 @@ LOOKALIKES: dict[str, Callable[[], nn.Module]] = {
 }
 """Name → a function that builds the network with random weights; all take [N, 3, 32, 32]."""
 
+TRICKY: dict[str, Callable[[], nn.Module]] = {
+    "group_norm": partial(tricky.Around, tricky.group_norm),
+    "instance_norm": partial(tricky.Around, tricky.instance_norm),
+    "tracked_instance_norm": partial(tricky.Around, tricky.tracked_instance_norm),
+    "two_norms": partial(tricky.Around, tricky.two_norms),
+    "shifted": partial(tricky.Around, tricky.shifted),
+    "pixel_shuffle": partial(tricky.Around, tricky.pixel_shuffle, read=2),
+    "channel_mean": partial(tricky.Around, tricky.ChannelMean),
+    "neighbour_attention": partial(tricky.Around, tricky.NeighbourAttention),
+    "normalised": partial(tricky.Around, tricky.Normalised),
+    "softmax_over_channels": partial(tricky.Around, tricky.SoftmaxOverChannels),
+    "partial": partial(tricky.Around, tricky.Partial),
+    "ghost": partial(tricky.Around, tricky.Ghost, read=14),
+    "scales": partial(tricky.Around, tricky.Scales),
+    "multiplier": partial(tricky.Around, tricky.Multiplier, read=16),
+    "standardised": partial(tricky.Around, tricky.Standardised),
+    "modulated": partial(tricky.Around, tricky.Modulated),
+    "hard_coded": tricky.HardCoded,
+    "pyramid": tricky.Pyramid,
+    "recurrent": tricky.Recurrent,
+}
+"""The same for networks of everyday code that are harder to prune."""
+
 SHAPE = (2, 3, 32, 32)
 
 
@@ -50,7 +73,7 @@ def build(name: str, seed: int = 0) -> nn.Module:
     """The network in eval mode, with normalisations as training leaves them: no scale is 1, no shift 0, and some scales are negative."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        net = LOOKALIKES[name]()
+        net = (LOOKALIKES | TRICKY)[name]()
         for module in net.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 assert isinstance(module.running_mean, Tensor) and isinstance(module.running_var, Tensor)
