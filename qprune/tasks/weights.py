@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -58,20 +59,23 @@ def _listed(what: str, names: list[str]) -> str:
 def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise WeightsError(f"weights: there is no file {path}")
-    try:
-        if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors":
+        try:
             return load_file(path)
-        return _tensors(path, torch.load(path, map_location="cpu", weights_only=True))
-    except SafetensorError as error:
-        raise WeightsError(f"{path} is no safetensors file, or damaged: {' '.join(str(error).split())}") from None
+        except (SafetensorError, OSError, ValueError) as error:
+            raise WeightsError(f"{path} is no safetensors file, or damaged: {' '.join(str(error).split())}") from None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torch's, of a pickle protocol that it may not read
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise WeightsError(
-            f"{path} holds more than tensors and plain values, which is not opened because it could run code; save model.state_dict() alone"
+            f"{path} is damaged, or holds more than tensors and plain values, which is not opened because it could run code; "
+            "save model.state_dict() alone"
         ) from None
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
-        if isinstance(error, WeightsError):
-            raise
+    except Exception as error:  # what the unpickler meets in a damaged file raises anything
         raise WeightsError(f"{path} is neither a .safetensors file nor one of torch.save, or damaged ({type(error).__name__})") from None
+    return _tensors(path, content)
 
 
 def _tensors(path: Path, content: Any) -> dict[str, Tensor]:
