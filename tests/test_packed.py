@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
+import tempfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import nn
 
 import qprune
@@ -21,6 +25,7 @@ from qprune.codebooks import codebooks
 from qprune.codes import weight_codes
 from qprune.cost import geometry_of
 from qprune.errors import InputError
+from qprune.export import packed
 from qprune.export.packed import PackedSizes
 from qprune.nn import QuantConv2d, QuantLinear, integer
 from qprune.nn.codebook import to_codebook
@@ -218,6 +223,20 @@ def test_a_shared_layer_and_a_float_network(tmp_path: Path) -> None:
     assert parts.codes == 4 * (9 + 4 * 256) and parts.scales == 0
 
 
+def test_layers_of_other_precision_come_back_as_they_are(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(392, 4))
+
+    net = convert(build(), Policy({"0": (3, 8)})).eval()
+    net[3].bfloat16()
+    save_packed(net, tmp_path / "net.packed")
+    again = load_packed(tmp_path / "net.packed", build)
+    assert again[3].weight.dtype == again[3].bias.dtype == torch.bfloat16 and again[1].weight.dtype == torch.float32
+    with torch.no_grad():
+        assert torch.equal(again[3](again[:3](X).bfloat16()), net[3](net[:3](X).bfloat16()))
+
+
 def test_a_loaded_network_is_for_inference(tmp_path: Path) -> None:
     build = NETWORKS["lenet5"]
     again, _ = round_trip(final_model(build, (1, 4), (4,)), build, tmp_path / "net.packed")
@@ -288,8 +307,6 @@ def test_refusals(tmp_path: Path) -> None:
 
 @functools.cache
 def packed_bytes() -> bytes:
-    import tempfile
-
     net, _ = coded(False)
     with tempfile.TemporaryDirectory() as folder:
         save_packed(net, Path(folder) / "net")
@@ -323,3 +340,72 @@ def test_a_damaged_file_is_always_told(tmp_path_factory: pytest.TempPathFactory,
     # what is not content, the blanks of a header, may differ
     net, _ = coded(False)
     assert kind in ("flip", "header", "zero") and torch.equal(again(X), net(X))
+
+
+def with_content(path: Path, change: Callable[[dict[str, Any], dict[str, torch.Tensor]], Any]) -> None:
+    """Another header and other tensors, with the right checksum."""
+    _, tensors = packed.read(path)
+    structure = json.loads(zlib.decompress(tensors.pop("packed.header").numpy().tobytes()))
+    tensors.pop("packed.sha256")
+    change(structure, tensors)
+    tensors.setdefault("packed.header", packed._bytes(zlib.compress(json.dumps(structure).encode())))
+    tensors["packed.sha256"] = packed._digest(tensors)
+    save_file(tensors, path, {"format": "qprune-packed/1"})
+
+
+def resized(name: str, by: int) -> Callable[[dict[str, Any], dict[str, torch.Tensor]], Any]:
+    return lambda h, t: t.update({name: torch.cat([t[name], torch.zeros(by, dtype=torch.uint8)]) if by > 0 else t[name][:by].clone()})
+
+
+def index_of(layer: str, **fields: int) -> Callable[[dict[str, Any], dict[str, torch.Tensor]], Any]:
+    places = {"entries": 0, "kept": 1, "coding": 2, "bits": 3, "width": 4}
+
+    def change(header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        for name, value in fields.items():
+            header["books"][layer][0][places[name]] = value
+
+    return change
+
+
+CONTENTS: dict[str, tuple[Callable[[dict[str, Any], dict[str, torch.Tensor]], Any], str]] = {
+    "fewer codes": (resized("packed.codes", -1), "ends before"),
+    "more codes": (resized("packed.codes", 1), "bits more than expected"),
+    "no codes": (lambda h, t: t.pop("packed.codes"), "ends before"),
+    "codes of floats": (lambda h, t: t.update({"packed.codes": t["packed.codes"].float()}), "ends before"),
+    "fewer codebooks": (resized("packed.codebooks", -4), "ends before"),
+    "no bias": (lambda h, t: t.pop("state.0.bias"), "missing tensor '0.bias'"),
+    "another tensor": (lambda h, t: t.update({"state.9.bias": torch.zeros(1)}), "unexpected tensor '9.bias'"),
+    "another shape": (lambda h, t: t.update({"state.0.bias": torch.zeros(9)}), r"0.bias has shape \(9,\) in the file, \(8,\) here"),
+    "another type": (lambda h, t: t.update({"state.0.bias": torch.zeros(8, dtype=torch.int32)}), "0.bias is torch.int32 in the file"),
+    "no header": (lambda h, t: t.update({"packed.header": torch.zeros(3)}), "it is missing, cut short"),
+    "half a header": (lambda h, t: t.update({"packed.header": packed._bytes(zlib.compress(b"{}" * 99)[:9])}), "header is damaged"),
+    "list as header": (lambda h, t: t.update({"packed.header": packed._bytes(zlib.compress(b"[1]"))}), "expected an object, got list"),
+    "nested header": (lambda h, t: t.update({"packed.header": packed._bytes(zlib.compress(b"[" * 9**6))}), "header is damaged"),
+    "no books": (lambda h, t: h.pop("books"), "no index for layer '0'"),
+    "list of books": (lambda h, t: h.update(books=[1]), "header is damaged"),
+    "no policy": (lambda h, t: h.pop("policy"), "header is damaged"),
+    "policy of numbers": (lambda h, t: h.update(policy=7), "header is damaged|not a policy"),
+    "many entries": (index_of("2", entries=10**15), "an index of 1000000000000000 entries"),
+    "no entries": (index_of("2", entries=0), "an index of 0 entries"),
+    "many kept": (index_of("2", kept=10**15), "expected 1000000000000000"),
+    "many bits": (index_of("2", bits=10**15), "ends before|1000000000000000|more than expected"),
+    "wide": (index_of("2", coding="gaps", width=60), "header is damaged"),
+}
+
+
+@pytest.mark.parametrize("case", CONTENTS)
+def test_content_that_does_not_fit(case: str, tmp_path: Path) -> None:
+    path, (change, message) = tmp_path / "net", CONTENTS[case]
+    path.write_bytes(packed_bytes())
+    with_content(path, change)
+    with pytest.raises(CheckpointError, match=message):
+        load_packed(path, coded(False)[1])
+
+
+def test_a_header_that_inflates_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "net"
+    path.write_bytes(packed_bytes())
+    with_content(path, lambda h, t: h.update(filler=" " * 10**6))
+    monkeypatch.setattr(packed, "_MOST_HEADER", 10**5)
+    with pytest.raises(CheckpointError, match="more than 100000 bytes"):
+        load_packed(path, coded(False)[1])

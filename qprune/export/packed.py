@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,8 @@ def save_packed(model: nn.Module, path: str | Path, index: str = "entropy") -> P
     with kept_modes(inner), torch.no_grad():
         inner.eval()
         books = {}
-        for name, layer in _packed_layers(inner):
+        packed = dict(_packed_layers(inner))
+        for name, layer in packed.items():
             if isinstance(layer, CodebookLayer):
                 books[name] = _write_codebook(layer, streams, index == "entropy")
             elif isinstance(layer, Quantizing):
@@ -95,16 +96,16 @@ def save_packed(model: nn.Module, path: str | Path, index: str = "entropy") -> P
                 streams["codes"].write_floats(_numpy(layer.weight))
     if books:
         structure["books"] = books
-    state = {f"state.{name}": value.detach().cpu().contiguous().clone() for name, value in _rest(inner).items()}
+    state = {f"state.{name}": value.detach().cpu().contiguous().clone() for name, value in _rest(inner, set(packed.values())).items()}
     header = zlib.compress(json.dumps(structure).encode(), 9)
-    packed = {f"packed.{name}": _bytes(s.getvalue()) for name, s in streams.items() if s.bits}
-    packed["packed.header"] = _bytes(header)
-    tensors = {**packed, **state}
-    tensors[_CHECKSUM] = _digest(tensors)
-    content = to_bytes(tensors, {"format": f"{MAGIC}/{FORMAT}"})
-    write_atomically(Path(path), content)
+    content = {f"packed.{name}": _bytes(s.getvalue()) for name, s in streams.items() if s.bits}
+    content["packed.header"] = _bytes(header)
+    content |= state
+    content[_CHECKSUM] = _digest(content)
+    file = to_bytes(content, {"format": f"{MAGIC}/{FORMAT}"})
+    write_atomically(Path(path), file)
     parts = {name: -(-s.bits // 8) for name, s in streams.items()} | {"tensors": sum(t.nbytes for t in state.values())}
-    return PackedSizes(**parts, header=len(content) - sum(parts.values()))
+    return PackedSizes(**parts, header=len(file) - sum(parts.values()))
 
 
 def load_packed(path: str | Path, build: Callable[[], nn.Module]) -> nn.Module:
@@ -128,15 +129,15 @@ def load_packed(path: str | Path, build: Callable[[], nn.Module]) -> nn.Module:
     except (TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"cannot read {path}: its header is damaged ({type(error).__name__}: {error})") from None
     model = rebuild(structure, build, path).eval()
-    empty = torch.zeros(0, dtype=torch.uint8)
-    streams = {name: BitReader(tensors.pop(f"packed.{name}", empty).flatten().view(torch.uint8).numpy()) for name in _STREAMS}
+    streams = {name: BitReader(_stream(tensors.pop(f"packed.{name}", None))) for name in _STREAMS}
     try:
         with torch.no_grad():
-            for name, layer in _packed_layers(model):
+            packed = dict(_packed_layers(model, tensors))
+            for name, layer in packed.items():
                 _read_layer(name, layer, streams, books)
             for stream in streams.values():
                 stream.finish()
-            _fill(_rest(model), tensors)
+            _fill(_rest(model, set(packed.values())), tensors)
     except CheckpointError as error:
         raise CheckpointError(f"{path} does not fit this network: {error}") from None
     return model
@@ -156,14 +157,17 @@ def _bytes(content: bytes) -> Tensor:
     return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
+def _stream(content: Tensor | None) -> Array:
+    """The bytes of a tensor of the file; none for a tensor that is missing, or of another kind."""
+    return np.zeros(0, np.uint8) if content is None or content.dtype != torch.uint8 else content.flatten().numpy()
+
+
 def _structure(header: Tensor | None, path: str | Path) -> dict[str, Any]:
     try:
-        if header is None:
-            raise ValueError("there is none")
         inflate = zlib.decompressobj()
-        text = inflate.decompress(header.numpy().tobytes(), _MOST_HEADER)
+        text = inflate.decompress(_stream(header).tobytes(), _MOST_HEADER)
         if not inflate.eof:
-            raise ValueError(f"it is cut short, or has more than {_MOST_HEADER} bytes")
+            raise ValueError(f"it is missing, cut short, or has more than {_MOST_HEADER} bytes")
         structure = json.loads(text)
         if not isinstance(structure, dict):
             raise ValueError(f"expected an object, got {type(structure).__name__}")
@@ -172,17 +176,20 @@ def _structure(header: Tensor | None, path: str | Path) -> dict[str, Any]:
     return structure
 
 
-def _packed_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The layers whose weights are in the stream of codes."""
+def _packed_layers(model: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> Iterator[tuple[str, Any]]:
+    """The layers whose weights are in the stream of codes: of float layers those of float32, or that have none among the file's tensors."""
     for name, layer in weighted_layers(model):
-        if isinstance(layer, Quantizing | CodebookLayer) or (isinstance(layer.weight, Tensor) and layer.weight.dtype == torch.float32):
+        if isinstance(layer, Quantizing | CodebookLayer):
             yield name, layer
+        elif isinstance(layer.weight, Tensor):
+            key = f"state.{name}.weight" if name else "state.weight"
+            if layer.weight.dtype == torch.float32 if tensors is None else key not in tensors:
+                yield name, layer
 
 
-def _rest(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of the state_dict that no stream holds, shared ones once."""
+def _rest(model: nn.Module, packed: Collection[nn.Module]) -> dict[str, Tensor]:
+    """The tensors of the state_dict that no stream holds, shared ones once. packed: the layers whose weights are in streams."""
     held: set[str] = set()
-    packed = {layer: layer for _, layer in _packed_layers(model)}
     for name, module in model.named_modules(remove_duplicate=False):
         if module in packed:
             own = ("weight", "mask", "codebook") if isinstance(module, CodebookLayer) else ("weight",)
@@ -208,6 +215,8 @@ def _fill(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None
         value = tensors[f"state.{name}"]
         if value.shape != target.shape:
             raise CheckpointError(f"{name} has shape {tuple(value.shape)} in the file, {tuple(target.shape)} here")
+        if value.is_floating_point() != target.is_floating_point():
+            raise CheckpointError(f"{name} is {value.dtype} in the file, {target.dtype} here")
         target.data = value.to(target.device)
 
 
@@ -298,10 +307,11 @@ def _read_quantized(layer: Quantizing, streams: Mapping[str, BitReader]) -> None
         quantizer = StoredWeightQuantizer(old.kind, old.bits, filters)
         scale = streams["scales"].read_floats(filters)
         quantizer.scale.copy_(torch.from_numpy(scale))
+        per_filter = np.broadcast_to(scale.reshape(-1, *[1] * (layer.weight.dim() - 1)), layer.weight.shape)
         zero_point = dict(zip(quantizer.bits, quantizer.zero_point, strict=True))
         for width, places, levels in codes:
             signed = levels.astype(np.float32) - np.float32(zero_point[width])
-            weight[places] = levels.view(np.float32) if width == FLOAT else signed * scale[np.nonzero(places)[0]]
+            weight[places] = levels.view(np.float32) if width == FLOAT else signed * per_filter[places]
     quantizer.kept = old.kept
     layer.weight = nn.Parameter(torch.empty_like(layer.weight).copy_(torch.from_numpy(weight)), requires_grad=False)
     layer.weight_quantizer = quantizer.train(layer.training)
