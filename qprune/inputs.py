@@ -51,14 +51,14 @@ def own_inputs(geometry: Geometry, pruned: Mapping[str, Tensor], shares: Mapping
         return own
     for group, gone in _gone(geometry, pruned, shares):
         for name, _ in _readers(group):
-            filters, rows = _own_reads(group, geometry.layers[name], shares)
+            filters, rows = own_reads(group, geometry.layers[name], shares)
             if filters:
                 index, row = (constant(column, torch.int64, gone.device) for column in (filters, rows))
                 own[name] = own.get(name, gone.new_zeros(geometry.layers[name].filters)).index_add(0, index, gone[row])
     return own
 
 
-def _own_reads(group: ChannelGroup, layer: LayerGeometry, shares: Mapping[str, Shares]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def own_reads(group: ChannelGroup, layer: LayerGeometry, shares: Mapping[str, Shares]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """(filters, channels r of the group), pairwise: filters of a layer with the channels that they read and share their choice with."""
     mine = shares.get(layer.name)
     for name, filters in group.producers.items() if mine is not None else ():

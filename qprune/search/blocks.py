@@ -65,18 +65,24 @@ class TiedBlock(Block):
     def __init__(self, tables: Sequence[LayerTable], tie: Tie, pricing: Pricing) -> None:
         self.tables, self.size = list(tables), tie.size
         self.channels = [np.array(tie.channels[table.layer.name]) for table in tables]
-        self.readers = {table.layer.name for table in tables if pricing.reads(table.layer.name, tie.channels)}
+        names = [table.layer.name for table in tables if pricing.reads(table.layer.name, tie.channels)]
+        self.readers = set(names)
+        self.exact = {name for name in names if not pricing.reads_its_own(name)}
 
     def options(self, quotes: Quotes, points: int) -> list[Option]:
+        sets = self._sets(quotes, quotes.scale)
+        columns = []
+        for table, channels, price in zip(self.tables, self.channels, self._given(quotes, np.zeros(self.size, bool)), strict=True):
+            gone = [pruned[channels] for pruned in sets]
+            if table.layer.name in self.exact:
+                each = [(quotes.given(table, self._rows(pruned)), rows) for pruned, rows in zip(sets, gone, strict=True)]
+                columns.append([table.frontiers(price, quotes.scale, points, [rows])[0] for price, rows in each])
+            else:
+                columns.append(table.frontiers(price, quotes.scale, points, gone))
         found = []
-        for pruned in self._sets(quotes, quotes.scale):
-            prices = self._given(quotes, pruned)
-            frontiers = [
-                table.frontier(price, quotes.scale, points, pruned[channels])
-                for table, channels, price in zip(self.tables, self.channels, prices, strict=True)
-            ]
+        for frontiers in zip(*columns, strict=True):
             if all(frontiers):
-                found += [_option(self.tables, combination) for combination in _sums(frontiers, quotes.scale, points)]
+                found += [_option(self.tables, combination) for combination in _sums(list(frontiers), quotes.scale, points)]
         return _undominated(found)
 
     def cheapest(self, quotes: Quotes, scale: np.ndarray) -> Layers:
@@ -92,14 +98,14 @@ class TiedBlock(Block):
         best = min(found, key=lambda option: (not np.isfinite(option.score), float(option.cost @ scale), -option.score))
         return best.layers
 
+    def _rows(self, pruned: np.ndarray) -> dict[str, np.ndarray]:
+        """Whether the filters of every layer are pruned."""
+        return {table.layer.name: pruned[channels] for table, channels in zip(self.tables, self.channels, strict=True)}
+
     def _given(self, quotes: Quotes, pruned: np.ndarray) -> list[np.ndarray]:
         """Prices of the layers, exact in what those that read channels of the block find there."""
-        rows = {table.layer.name: pruned[channels] for table, channels in zip(self.tables, self.channels, strict=True)}
-        found = []
-        for table in self.tables:
-            name = table.layer.name
-            found.append(quotes.given(table, rows) if name in self.readers else quotes.prices[name])
-        return found
+        named = [(table.layer.name, table) for table in self.tables]
+        return [quotes.given(table, self._rows(pruned)) if name in self.readers else quotes.prices[name] for name, table in named]
 
     def _sets(self, quotes: Quotes, scale: np.ndarray) -> list[np.ndarray]:
         """Which choices are pruned [size], in every set that is considered."""
@@ -161,9 +167,9 @@ def _sums(frontiers: list[list[Point]], scale: np.ndarray, points: int) -> list[
 def _undominated(options: list[Option]) -> list[Option]:
     """Without those that score no more than another that costs no more."""
     found: list[Option] = []
-    costs = np.zeros((0, len(options[0].cost))) if options else np.zeros((0, 0))
+    costs = np.zeros((len(options), len(options[0].cost) if options else 0))
     for option in sorted(options, key=lambda option: -option.score):
-        if not (costs <= option.cost).all(1).any():
+        if not (costs[: len(found)] <= option.cost).all(1).any():
+            costs[len(found)] = option.cost
             found.append(option)
-            costs = np.vstack([costs, option.cost])
     return found

@@ -12,7 +12,7 @@ from torch import Tensor
 from qprune.conventions import CONVENTIONS, Inputs
 from qprune.cost import FLOAT_CHOICE, Choice, evaluate, layer_cost, policy_choices
 from qprune.geometry import ChannelGroup, Geometry, LayerGeometry
-from qprune.inputs import Shares, kept_inputs
+from qprune.inputs import Shares, kept_inputs, own_reads
 from qprune.policy import LayerBits, Policy
 from qprune.search.tables import LayerTable
 from qprune.space import PRUNED
@@ -61,6 +61,13 @@ class Pricing:
     def reads(self, name: str, producers: Collection[str]) -> bool:
         """True if a layer reads channels of one of the producers that can go."""
         return any(not group.producers.keys().isdisjoint(producers) for group in self.read_by(name).groups)
+
+    def reads_its_own(self, name: str) -> bool:
+        """True if every filter of a layer reads nothing but channels that it shares its choice with, as depthwise filters do: what it finds
+        does not depend on the other choices."""
+        layer = self.geometry.layers[name]
+        each = layer.filters // layer.groups
+        return all(len(own_reads(g, layer, self.shares)[0]) == each * len(g.consumers[name]) for g in self.read_by(name).groups)
 
     def per_input(self, layer: LayerGeometry, choice: Choice | None) -> np.ndarray:
         """What one of a layer's input channels costs on average [limits]."""

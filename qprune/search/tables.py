@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -100,40 +100,48 @@ class LayerTable:
         cost = prices[np.arange(len(rows)), rows, activation].sum(0)
         return Point(rows, activation, self.score(rows, activation), cost)
 
-    def frontier(self, prices: np.ndarray, scale: np.ndarray, points: int, pruned: np.ndarray | None = None) -> list[Point]:
+    def frontier(self, prices: np.ndarray, scale: np.ndarray, points: int) -> list[Point]:
         """Configurations worth considering at prices [R, K_w, K_a, limits]: all of a layer-wise choice; else, for every activation
-        candidate, the rows' best choices at `points` multipliers, which lie on the upper hull of (cost, score).
-
-        pruned  which rows have 0 bits [R], where that is decided
-        """
+        candidate, the rows' best choices at `points` multipliers, which lie on the upper hull of (cost, score)."""
         found = []
         for j in self.activations():
-            if len(self.value) == 1 and pruned is None:
+            if len(self.value) == 1:
                 options = [k for k in range(len(self.pruned)) if not self.pruned[k] or self.bypass or self.pruned.all()]
                 found += [self.point(np.array([k]), j, prices) for k in options if np.isfinite(self.score(np.array([k]), j))]
                 continue
             price = prices[:, :, j] @ scale
-            chosen = self._choices(price, j, _multipliers(self.value[:, :, j], price, points), pruned)
-            scores = self.value[np.arange(len(self.value)), chosen, j].sum(1) + self.input[j]
-            costs = prices[np.arange(len(prices)), chosen, j].sum(1)
-            found += [Point(*point) for point in zip(chosen, itertools.repeat(j), scores, costs) if np.isfinite(point[2])]
+            seen: set[bytes] = set()
+            for multiplier in _multipliers(self.value[:, :, j], price, points):
+                rows = self._choose(price, j, multiplier)
+                if rows.tobytes() not in seen and np.isfinite(self.score(rows, j)):
+                    seen.add(rows.tobytes())
+                    found.append(self.point(rows, j, prices))
         return found
 
-    def _choices(self, price: np.ndarray, activation: int, multipliers: list[float], pruned: np.ndarray | None) -> np.ndarray:
-        """What `_choose` gives for every multiplier, [n, R], each once."""
-        finite = np.array([m for m in multipliers if np.isfinite(m)])
-        value = self.value[None, :, :, activation] - finite[:, None, None] * price
-        if pruned is not None:
-            value = np.where(pruned[:, None] == self.pruned, value, -np.inf)
-        rows = list(value.argmax(2))
-        if pruned is None and not self.bypass:
-            dead = [self.pruned[chosen].all() for chosen in rows]
-            rows = [self._choose(price, activation, m) if d else chosen for m, d, chosen in zip(finite, dead, rows, strict=True)]
-        rows += [self._choose(price, activation, np.inf, pruned)]
-        return np.stack(list({chosen.tobytes(): chosen for chosen in rows}.values()))
+    def frontiers(self, prices: np.ndarray, scale: np.ndarray, points: int, pruned: Sequence[np.ndarray]) -> list[list[Point]]:
+        """The frontiers if it is decided which rows have 0 bits, for several such decisions [R]."""
+        found: list[list[Point]] = [[] for _ in pruned]
+        row = np.arange(len(self.value))
+        for j in self.activations():
+            price, value = prices[:, :, j] @ scale, self.value[:, :, j]
+            multipliers = _multipliers(value[:, ~self.pruned], price[:, ~self.pruned], points)
+            kept = np.stack([self._choose(price, j, multiplier, np.zeros(len(row), bool)) for multiplier in multipliers])
+            kept = np.stack(list({chosen.tobytes(): chosen for chosen in kept}.values()))
+            none = self._choose(price, j, 0.0, np.ones(len(row), bool))
+            kept_score, none_score = value[row, kept], value[row, none]
+            kept_cost, none_cost = prices[row, kept, j], prices[row, none, j]
+            for frontier, gone in zip(found, pruned, strict=True):
+                scores = np.where(gone, none_score, kept_score).sum(1) + self.input[j]
+                costs = np.where(gone[:, None], none_cost, kept_cost).sum(1)
+                rows = np.where(gone, none, kept)
+                frontier += [Point(rows[n], j, scores[n], costs[n]) for n in np.flatnonzero(np.isfinite(scores))]
+        return found
 
     def cheapest(self, prices: np.ndarray, scale: np.ndarray, pruned: np.ndarray | None = None) -> tuple[np.ndarray, int]:
-        """Rows and activation candidate of least scaled cost; of several the one with the higher score. pruned: as for `frontier`."""
+        """Rows and activation candidate of least scaled cost; of several the one with the higher score.
+
+        pruned  which rows have 0 bits [R], where that is decided
+        """
         options = [self.point(self._choose(prices[:, :, j] @ scale, j, np.inf, pruned), j, prices) for j in self.activations()]
         best = min(options, key=lambda point: (not np.isfinite(point.score), float(point.cost @ scale), -point.score))
         return best.rows, best.activation
