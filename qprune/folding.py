@@ -23,7 +23,7 @@ from qprune.nn.quantizing import Quantizing
 from qprune.nn.spread import NarrowConv2d, NarrowLinear, Spread
 from qprune.nn.surgery import copy_model, replace_modules
 from qprune.normalised import Stays, normalised_layers
-from qprune.quantizers import StoredUniqWeightQuantizer, StoredWeightQuantizer, UniqWeightQuantizer
+from qprune.quantizers import StoredWeightQuantizer, WeightQuantizer
 from qprune.record import unwrap
 
 log = logging.getLogger("qprune")
@@ -53,8 +53,8 @@ def fold(model: nn.Module, example_inputs: ExampleInputs, norms: Collection[str]
 
     A normalisation is folded if it uses running statistics, reads exactly the output of one layer, both are called once, and nothing else
     depends on that output; for that the model is run with the output replaced by NaN. One that activates too (timm's BatchNormAct2d) is
-    replaced by the modules that it holds, if they are all it does besides. Layers with codebooks keep theirs. Raises
-    UnsupportedLayerError for a model that is still being searched, InputError for one that returns no tensor.
+    replaced by the modules that it holds, if they are all it does besides. Layers whose filters share levels (codebooks, "uniq") keep
+    theirs. Raises UnsupportedLayerError for a model that is still being searched, InputError for one that returns no tensor.
     """
     final = copy_model(unwrap(model))
     modules = dict(final.named_modules())
@@ -190,11 +190,10 @@ def _scale_rows(layer: nn.Module, factor: Tensor, shift: Tensor, negative: bool)
 def _fix_codes(layer: Quantizing, factor: Tensor, negative: bool) -> Tensor:
     """The quantized weight times the factor; the layer gets the quantizer that leaves it so, and scales times the factor."""
     old = layer.weight_quantizer
+    if not isinstance(old, WeightQuantizer):
+        raise Stays(f"{old.kind!r} weights share their levels, which therefore cannot be scaled filter by filter")
     with kept_modes(old):
         weight = old.eval()(layer.weight, layer.one_hot) * factor.view(-1, *[1] * (layer.weight.dim() - 1))
-    if isinstance(old, UniqWeightQuantizer):
-        layer.weight_quantizer = StoredUniqWeightQuantizer(old.bits, weight.device).train(old.training)
-        return weight
     codes = weight_codes(layer)
     column = (-1, *[1] * (weight.dim() - 1))
     if not negative:

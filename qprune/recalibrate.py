@@ -29,14 +29,14 @@ def recalibrate(
     batches   how many of them; None: all
     momentum  None: the plain average over the batches, from scratch; 0 … 1: a moving average that starts from the present statistics
 
-    For after `convert`, whose networks have statistics of other weights (and for sampled architectures, 1903.05134, section 3.4). Only the
+    For after `convert`, whose networks have statistics of other weights (and for sampled architectures, 1903.05134). Only the
     normalisations are in training mode: quantizers compute as in eval mode, dropout is off, no weight and no range moves. What `calibrate`
     does is something else: it sets the ranges of quantized inputs, from the float network's activations. Call it before a search or on a
     float model that was converted, and `recalibrate` after it.
 
-    The ranks of a distributed job end with the same statistics: the mean over all of their batches. Norms without running statistics,
-    and those that are not called, stay as they are. Raises InputError if there is no batch (on any rank), and
-    for a momentum outside of [0, 1]; then, and if the model raises, the statistics are as they were.
+    The ranks of a distributed job end with the same statistics: the mean over all of their batches. Norms without running statistics, and
+    those that are not called, stay as they are. Raises InputError if there is no batch (on any rank), and for a momentum outside of [0, 1];
+    then, and if the model raises, the statistics are as they were.
     """
     if momentum is not None and not 0 <= momentum <= 1:
         raise InputError(f"recalibrate: momentum must be None or between 0 and 1, got {momentum}")

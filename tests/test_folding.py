@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import unit_models
 from lookalikes import LOOKALIKES, SHAPE, build
 from lookalikes.idioms import BatchNormAct2d
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ from qprune.codes import weight_codes
 from qprune.cost import cost, geometry_of
 from qprune.errors import InputError
 from qprune.geometry import weighted_layers
-from qprune.nn import QuantConv2d, QuantLinear, integer
+from qprune.nn import QuantActivation, QuantConv2d, QuantLinear, integer
 from qprune.nn.codebook import to_codebook
 from qprune.nn.quantizing import Quantizing
 from qprune.policy import LayerBits
@@ -102,11 +103,35 @@ def test_codes_stay_and_scales_take_the_factor(kind: str, bits: tuple[int, ...],
     torch.testing.assert_close(new.values(), done[0].weight_quantizer(done[0].weight, done[0].one_hot), rtol=1e-6, atol=0)
 
 
-def test_uniq_weights_fold_too() -> None:
+def test_the_norm_of_uniq_weights_stays() -> None:
     net = unit("uniq", (2, 3, 4, 8) * 4, placement="output", input_quantizer="pact")
-    done = fold(net, X)
-    assert not norms(done)
-    assert_same_outputs(done, net, X)
+    assert norms(fold(net, X)) == ["1"]
+    with pytest.raises(UnsupportedLayerError, match=r"'1'.*'uniq' weights share"):
+        fold(net, X, ["1"])
+
+
+@pytest.mark.parametrize(("weights", "activations"), [("nice", "nice"), ("lsq", "pact")])
+def test_activations_that_their_producers_quantize(weights: str, activations: str, tmp_path: Path) -> None:
+    x = torch.randn(4, 1, 8, 8)
+    net = unit_models.block_net()
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            season(module)
+    model = unit_models.prepared(net, weight_quantizer=weights, input_quantizer=activations)
+    geometry = geometry_of(model)
+    layers = {}
+    for name, layer in geometry.layers.items():
+        if layer.kind == "Conv2d":
+            pairs, of = [unit_models.PAIRS[f % 4] for f in range(layer.filters)], geometry.units[name]
+            out = tuple(a for _, a in pairs) if of.activation else None
+            layers[name] = LayerBits(tuple(w for w, _ in pairs), 32 if of.source else 8, out)
+    final = convert(model.eval(), Policy(layers, geometry))
+    done = fold(final, x)
+    assert not norms(done) and sum(isinstance(m, QuantActivation) for m in done.modules()) == 5
+    assert_same_outputs(copy.deepcopy(done).double(), copy.deepcopy(final).double(), x.double(), 1e-6)
+    for write, read in ((save, load), (save_packed, load_packed)):
+        write(done, tmp_path / "file")
+        assert torch.equal(read(tmp_path / "file", unit_models.block_net).eval()(x), done(x))
 
 
 @pytest.mark.parametrize("kind", ["symmetric", "dorefa"])
