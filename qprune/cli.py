@@ -1,4 +1,4 @@
-"""The command line: qprune search, compare, study, train, cost, report, bench."""
+"""The command line: qprune search, export, compare, study, train, cost, report, bench."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from qprune import arguments
-from qprune.console import Bars, cost_table, result_table
+from qprune.console import Bars, cost_table, export_table, result_table
 from qprune.errors import QPruneError
 from qprune.resume.signals import Stopped
 
@@ -75,6 +75,7 @@ def search(
     ] = False,
     checkpoint_minutes: Annotated[float, typer.Option(help="Minutes between checkpoints; 0 = only at the end of epochs.")] = 10.0,
     keep: Annotated[int, typer.Option(help="How many checkpoints to keep.")] = 3,
+    onnx: Annotated[bool, typer.Option("--onnx/--no-onnx", help="Write model.onnx at the end.")] = True,
 ) -> None:
     """Train a float network, search its bits within a budget, fine-tune, and compare with the uniform network of at least that cost."""
     from qprune import seeds as repeated
@@ -103,9 +104,37 @@ def search(
         result = repeated.run(
             options, out, bars, overwrite, resume=resume, minutes=checkpoint_minutes, keep=keep, stop=stop,
         )  # fmt: skip
+    if onnx:
+        from qprune.exporting import add_onnx
+
+        result = add_onnx(out)
     console.print(result_table(result))
     console.print(result["summary"]["verdict"])
     console.print(f"Report: {out / 'report.html'}")
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="The folder of a finished qprune search.")],
+    formats: Annotated[str, typer.Option("--format", help="Some of onnx, qonnx, packed, torch, safetensors; or all.")] = "onnx",
+    out: Annotated[Path | None, typer.Option(help="Folder for the files. Default: export in the run's folder.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Which of the run's seeds; default: the first.")] = None,
+    samples: Annotated[int, typer.Option(help="Test samples on which files are compared with PyTorch.")] = 256,
+    threads: Threads = 0,
+) -> None:
+    """Write the network of a run in other formats, and compare what the files compute with PyTorch on the run's test data."""
+    from qprune.errors import ExportError
+    from qprune.exporting import export_run, formats_of
+
+    _set_threads(threads)
+    place, files = export_run(folder, formats_of(formats), out, seed, samples)
+    console.print(export_table(files))
+    written = [file.file for file in files if file.error is None]
+    if written:
+        console.print(f"In {place}: {', '.join(written)}")
+    failed = [f"{file.format}: {file.error}" for file in files if file.error is not None]
+    if failed:
+        raise ExportError("; ".join(failed))
 
 
 @app.command()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -13,6 +13,9 @@ from rich.table import Table
 from qprune.cost import Cost
 from qprune.geometry import Geometry
 from qprune.result import si
+
+if TYPE_CHECKING:
+    from qprune.exporting import Exported
 
 PHASES = {"float": "train float", "search": "search", "finetune": "fine-tune", "uniform": "train uniform"}
 
@@ -100,4 +103,26 @@ def cost_table(title: str, cost: Cost, geometry: Geometry) -> Table:
         )  # fmt: skip
     table.add_section()
     table.add_row("total", "", si(float(cost.macs)), "", "", f"{float(cost.bops) / 1e6:,.1f} M", size(float(cost.size_bits)))
+    return table
+
+
+def export_table(files: Sequence[Exported]) -> Table:
+    """One row per file and per program that ran it: bytes, operators, and how its outputs differ from PyTorch's."""
+    samples = ", ".join(str(n) for n in sorted({file.samples for file in files if file.samples}))
+    caption = f"against PyTorch on {samples} test samples; differ: values further than 1e-5 · max(1, |value|)" if samples else None
+    table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
+    table.add_column("format", no_wrap=True)
+    for heading in ("size", "operators"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("run by", no_wrap=True)
+    for heading in ("largest", "differ", "same class"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for file in files:
+        if file.error is not None:
+            table.add_row(file.format, "–")
+            continue
+        head = (file.format, si(file.bytes, "B"), str(sum(file.operators.values())) if file.operators else "–")
+        for i, (program, found) in enumerate(file.parity.items()):
+            cells = (f"{found.largest:.2g}", f"{found.share:.2%}", f"{found.agreement:.1%}")
+            table.add_row(*(head if i == 0 else ("", "", "")), program, *cells)
     return table

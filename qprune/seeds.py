@@ -32,7 +32,19 @@ from qprune.tasks.task import Task
 
 log = logging.getLogger("qprune")
 FORMAT = 1
-OURS = (OPTIONS, METRICS, RESULT, SEED, ENVIRONMENT, REPLAY, "policy.json", "model.safetensors", "checkpoint.safetensors", "report.html")
+OURS = (
+    OPTIONS,
+    METRICS,
+    RESULT,
+    SEED,
+    ENVIRONMENT,
+    REPLAY,
+    "policy.json",
+    "model.safetensors",
+    "model.onnx",
+    "checkpoint.safetensors",
+    "report.html",
+)
 KINDS = ("float", "searched", "uniform")
 AVERAGED = ("bops", "macs", "size_bits", "index_bits", "codebook_bits", "w_bits", "a_bits")
 

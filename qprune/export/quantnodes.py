@@ -196,7 +196,7 @@ def split(model: nn.Module) -> nn.Module:
     swaps: dict[nn.Module, nn.Module] = {}
     for layer in model.modules():
         if isinstance(layer, DeployedConv2d | DeployedLinear) and isinstance(layer.weight, Sorted) and layer.weight.apart:
-            swaps[layer] = SplitLayer(layer, layer.weight)
+            swaps[layer] = SplitLayer(layer, layer.weight).eval()
     return replace_modules(model, swaps)
 
 
