@@ -12,7 +12,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from qprune._version import __version__
-from qprune.convert import converted
+from qprune.convert import converted, without_pruned
 from qprune.errors import CheckpointError, PolicyMismatchError, SpaceError
 from qprune.files import write_atomically
 from qprune.folding import folded, refold
@@ -24,7 +24,7 @@ from qprune.nn.quantizing import Quantizing
 from qprune.nn.surgery import replace_modules
 from qprune.policy import LayerBits, Policy
 from qprune.quantizers import StoredUniqWeightQuantizer, StoredWeightQuantizer
-from qprune.record import record_of, unwrap
+from qprune.record import Record, record_of, unwrap
 from qprune.space import SearchSpace
 
 PLAIN, SMALLER = "1", "2"
@@ -130,7 +130,11 @@ def rebuild(header: Mapping[str, str], build: Callable[[], nn.Module], path: str
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"cannot read {path}: its header is damaged ({type(error).__name__}: {error})") from None
     try:
-        return refold(_with_codebooks(converted(build(), policy, spaces, removed, round_to), codebooks), folds)
+        rest = Policy({name: bits for name, bits in policy.layers.items() if name not in codebooks}, policy.geometry)
+        net = _with_codebooks(converted(build(), rest, spaces, None if codebooks else removed, round_to), codebooks)
+        if codebooks and removed is not None:
+            net = without_pruned(net, Record(policy.geometry), policy, removed, round_to)
+        return refold(net, folds)
     except (PolicyMismatchError, SpaceError, RuntimeError, TypeError) as error:
         raise CheckpointError(f"{path} does not fit this network: {' '.join(str(error).split())}") from None
 

@@ -99,7 +99,7 @@ def converted(
     final = replace_modules(final, {old: new for old, new in swaps.items() if old is not new})
     pruned = policy.pruned()
     if record is not None and record.geometry is not None and pruned and remove is not None:
-        return _without_pruned(final, record, Policy(policy.layers, record.geometry), remove, round_to)
+        return without_pruned(final, record, Policy(policy.layers, record.geometry), remove, round_to)
     if pruned and remove:
         log.warning(
             "qprune: filters at 0 bits stay as zeros in %s: the network's channels are unknown; give prepare example_inputs",
@@ -110,8 +110,8 @@ def converted(
     return final
 
 
-def _without_pruned(final: nn.Module, record: Record, policy: Policy, remove: bool, round_to: int) -> nn.Module:
-    """Take out, or silence, the filters at 0 bits, and note it."""
+def without_pruned(final: nn.Module, record: Record, policy: Policy, remove: bool = True, round_to: int = 1) -> nn.Module:
+    """A network with fixed bits, changed in place, of which the filters at 0 bits are taken out, or silenced; it notes that."""
     geometry = record.geometry
     assert geometry is not None
     pruned = {

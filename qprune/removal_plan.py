@@ -190,7 +190,7 @@ def _regular(layer: LayerGeometry, rows: Mask, columns: Mask, made: Mask, presen
     """rows and columns, [groups, …], that are to be computed, with others that make them a convolution: groups of which nothing remains are
     dropped, the others have equal numbers. Of the others, those that are in the tensors around it (made, present) come first."""
     made, present = made.reshape(rows.shape), present.reshape(columns.shape)
-    alive = rows.any(1) & columns.any(1)
+    alive = np.asarray(rows.any(1) & columns.any(1))
     if layer.groups == 1:
         rows = _filled(rows, made, -(-int(rows.sum()) // round_to) * round_to)
         if layer.kind != "Linear":
@@ -198,7 +198,8 @@ def _regular(layer: LayerGeometry, rows: Mask, columns: Mask, made: Mask, presen
     else:
         filters, inputs = (int(mask[alive].sum(1).max(initial=0)) for mask in (rows, columns))
         spare = np.flatnonzero(~alive)
-        spare = spare[np.argsort(~(made.any(1) & present.any(1))[spare], kind="stable")]
+        inside = np.asarray(made.any(1) & present.any(1))
+        spare = spare[np.argsort(~inside[spare], kind="stable")]
         missing = next((n for n in range(len(spare)) if filters * (alive.sum() + n) % round_to == 0), len(spare)) if filters else 0
         alive[spare[:missing]] = True
         rows, columns = _filled(rows, made, filters), _filled(columns, present, inputs)

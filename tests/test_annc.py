@@ -206,7 +206,7 @@ def test_pruned_filters_are_a_policy() -> None:
         assert all(bool(layer.mask[f].all()) for f in range(len(layer.mask)) if f not in gone)
         assert stored(layer).filters == len(layer.mask)
     assert float(qprune.cost(policy).size_bits) <= sum(sizes(net).values()) <= search.limits["size_bits"]
-    final = qprune.convert(net, policy)
+    final = qprune.convert(net, policy, remove=False)
     for name in policy.pruned():
         assert not final.get_submodule(name).weight[policy.pruned()[name]].any()  # type: ignore[index, union-attr]
 

@@ -13,13 +13,17 @@ from torch import Tensor, nn
 
 from qprune import Policy, PolicyMismatchError, SearchSpace, calibrate, convert, cost, load, prepare, removal_report, save
 from qprune.checkpoint import policy_of
-from qprune.convert import has_bypass, survives
+from qprune.convert import has_bypass, survives, without_pruned
 from qprune.cost import geometry_of
 from qprune.errors import InputError
 from qprune.geometry import Geometry, weighted_layers
 from qprune.nn import QuantConv2d
+from qprune.nn.codebook import to_codebook
 from qprune.nn.spread import ConstantOutput
+from qprune.nn.surgery import replace_modules
 from qprune.policy import LayerBits
+from qprune.recipes.annc import without_empty_filters
+from qprune.record import Record, attach
 from qprune.tasks import models
 
 W_BITS, A_BITS = (0, 2, 3, 4, 5, 8, 32), (3, 4, 8, 32)
@@ -392,6 +396,32 @@ def test_training_goes_on_as_with_zeros(name: str) -> None:
         assert [n for n, p in final.named_parameters() if p.grad is None] == []
         outputs.append(final.eval()(X.double()))
     assert_same(outputs[1], outputs[0])
+
+
+def test_networks_with_codebooks(tmp_path: Path) -> None:
+    net = build("resnet8").eval()
+    swaps: dict[nn.Module, nn.Module] = {}
+    geometry = geometry_of(prepare(net, SPACE, example_inputs=X))
+    policy = random_policy(geometry, 0)
+    empty = {**policy.pruned(), "fc": []}
+    for name, layer in weighted_layers(net):
+        mask = torch.ones_like(layer.weight, dtype=torch.bool)
+        mask[empty[name]] = False
+        swaps[layer] = made = to_codebook(layer, mask, torch.linspace(-0.1, 0.1, 4), 32)
+        made.layer_name = name
+    coded = replace_modules(net, swaps)
+    attach(coded, Record(geometry))
+    small, masked = without_empty_filters(copy.deepcopy(coded)), copy.deepcopy(coded)
+    bits = Policy(
+        {name: LayerBits(tuple(0 if f in empty[name] else 2 for f in range(n.filters)), 32) for name, n in geometry.layers.items()}
+    )
+    masked = without_pruned(masked, Record(geometry), Policy(bits.layers, geometry), remove=False)
+    torch.testing.assert_close(small(X), masked(X), rtol=1e-5, atol=1e-5)
+    assert numbers(small) < 0.6 * numbers(masked)
+    save(small, tmp_path / "net")
+    again = load(tmp_path / "net", lambda: build("resnet8")).eval()
+    assert torch.equal(again(X), small(X))
+    assert {name: type(layer) for name, layer in weighted_layers(again)} == {name: type(layer) for name, layer in weighted_layers(small)}
 
 
 def test_formats_and_compilation() -> None:

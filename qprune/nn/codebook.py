@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from qprune.codebooks import WIDTHS, Codebook, refine
 from qprune.errors import InputError, SpaceError
 from qprune.nn.mixing import check_input
+from qprune.nn.spread import Narrow, narrow_plain
 from qprune.nn.surgery import take_over
 from qprune.quantizers import InputQuantizer
 from qprune.space import FLOAT, PRUNED, check_bits
@@ -27,7 +28,7 @@ from qprune.space import FLOAT, PRUNED, check_bits
 STEP_ITERATIONS, EPOCH_ITERATIONS, PER_EPOCH = 5, 100, 20
 
 
-class CodebookLayer(nn.Module):
+class CodebookLayer(Narrow):
     """Mixin of CodebookConv2d and CodebookLinear: every weight in the mask has the nearest of 2^w_bits shared values, the others are 0.
 
     weight    the latent weight, a parameter; 0 outside of the mask, where it gets no gradient
@@ -54,6 +55,7 @@ class CodebookLayer(nn.Module):
         if a_bits == PRUNED:
             raise SpaceError("a_bits: 0 bits of the input would leave nothing of the layer; expected 1 … 8, or 32")
         self.w_bits, self.linear = bits, linear
+        self.surround(None, None)
         self.register_buffer("mask", mask.to(self.weight.device, torch.bool))
         self.register_buffer("codebook", values.detach().to(self.weight.device, torch.float32).clone())
         self.input_quantizer = InputQuantizer("pact", (a_bits,), self.weight.device) if a_bits != FLOAT else None
@@ -95,11 +97,13 @@ class CodebookLayer(nn.Module):
         def strip(layer: nn.Module) -> None:
             for name in ("mask", "codebook"):
                 layer._buffers.pop(name)
-            layer._modules.pop("input_quantizer", None)
-            for name in ("input_quantizer", "w_bits", "a_bits", "linear", "layer_name"):
+            for name in ("input_quantizer", "gather", "spread"):
+                layer._modules.pop(name, None)
+            for name in ("input_quantizer", "gather", "spread", "w_bits", "a_bits", "linear", "layer_name"):
                 layer.__dict__.pop(name, None)
 
-        return take_over(nn.Conv2d if isinstance(self, nn.Conv2d) else nn.Linear, self, strip)
+        cls: type[nn.Conv2d] | type[nn.Linear] = nn.Conv2d if isinstance(self, nn.Conv2d) else nn.Linear
+        return narrow_plain(take_over(cls, self, strip), self.gather, self.spread)
 
     def extra_repr(self) -> str:
         share = "equidistant" if self.linear else "shared"
@@ -111,8 +115,8 @@ class CodebookConv2d(CodebookLayer, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         check_input(self, input, (3, 4), self.in_channels, -3)
-        x = input if input.dim() == 4 else input.unsqueeze(0)
-        y = self._conv_forward(self.quantized_input(x), self.shared_weight(), self.bias)
+        x = self.gathered(input if input.dim() == 4 else input.unsqueeze(0))
+        y = self.spread_out(self._conv_forward(self.quantized_input(x), self.shared_weight(), self.bias))
         return y if input.dim() == 4 else y.squeeze(0)
 
 
@@ -121,8 +125,9 @@ class CodebookLinear(CodebookLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         check_input(self, input, tuple(range(1, 9)), self.in_features, -1)
-        x = self.quantized_input(input.reshape(-1, self.in_features))
-        return F.linear(x, self.shared_weight(), self.bias).reshape(*input.shape[:-1], self.out_features)
+        x = self.quantized_input(self.gathered(input.reshape(-1, self.in_features)))
+        y = self.spread_out(F.linear(x, self.shared_weight(), self.bias))
+        return y.reshape(*input.shape[:-1], self.out_features)
 
 
 def to_codebook(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qprune.nn.activation import QuantActivation
+from qprune.nn.codebook import CodebookLayer, to_codebook
 from qprune.nn.quant import QuantConv2d, QuantLinear
 from qprune.nn.quantizing import Quantizing
 from qprune.nn.spread import ConstantOutput, Spread, narrow_plain
@@ -53,7 +54,7 @@ def entries_of(module: nn.Module) -> int:
 
 def sliceable(layer: nn.Module) -> bool:
     """Whether the layer computes what its class says, with a weight that is a parameter of its own."""
-    ours = type(layer) in (nn.Conv2d, nn.Linear) or isinstance(layer, Quantizing)
+    ours = type(layer) in (nn.Conv2d, nn.Linear) or isinstance(layer, Quantizing | CodebookLayer)
     return ours and "weight" in layer._parameters and "forward" not in layer.__dict__
 
 
@@ -68,6 +69,9 @@ def mute(layer: nn.Conv2d | nn.Linear, plan: Remains) -> None:
         layer.weight.mul_(kept)
     if isinstance(layer, Quantizing):
         _keep_only(layer, list(range(len(layer.weight))), kept, plan)
+    if isinstance(layer, CodebookLayer):
+        layer.mask = layer.mask & kept
+        layer.mask[list(plan.silent)] = False
 
 
 def _kept(layer: nn.Conv2d | nn.Linear, gone: np.ndarray) -> np.ndarray:
@@ -113,6 +117,8 @@ def narrowed(layer: nn.Conv2d | nn.Linear, plan: Remains) -> nn.Module:
     if plan.rows != plan.outputs:
         spread = Spread(_places(plan.rows, plan.outputs), len(plan.rows), axis, constant, device)
     small = _sliced(layer, plan)
+    if isinstance(layer, CodebookLayer):
+        return _small_codebook(layer, small, plan, gather, spread)
     if not isinstance(layer, Quantizing):
         return narrow_plain(small, gather, spread)
     cls: type[Quantizing] = QuantConv2d if isinstance(layer, nn.Conv2d) else QuantLinear
@@ -129,6 +135,16 @@ def narrowed(layer: nn.Conv2d | nn.Linear, plan: Remains) -> nn.Module:
         _keep_only(made, rows, _of_remaining(kept.expand(filters, *kept.shape[1:]), layer, plan), plan)
 
     return take_over(cls, small, setup)
+
+
+def _small_codebook(
+    layer: CodebookLayer, small: nn.Conv2d | nn.Linear, plan: Remains, gather: Spread | None, spread: Spread | None
+) -> nn.Module:
+    assert isinstance(layer, nn.Conv2d | nn.Linear)
+    made = to_codebook(small, _of_remaining(layer.mask, layer, plan), layer.codebook, layer.a_bits, layer.linear)
+    made.input_quantizer, made.layer_name = layer.input_quantizer, layer.layer_name
+    made.surround(gather, spread)
+    return made
 
 
 def _places(among: Sequence[int], wanted: Sequence[int]) -> list[int]:
@@ -152,7 +168,7 @@ def _sliced(layer: nn.Conv2d | nn.Linear, plan: Remains) -> nn.Conv2d | nn.Linea
         else:
             made.in_features, made.out_features = len(plan.present), len(plan.outputs)
 
-    base = stripped(layer)
+    base = layer.as_plain() if isinstance(layer, CodebookLayer) else stripped(layer)
     return take_over(type(base), base, setup)  # type: ignore[arg-type, return-value]
 
 

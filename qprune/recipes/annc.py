@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from qprune.budget import Budget
 from qprune.codebooks import codebooks
+from qprune.convert import survives, without_pruned
 from qprune.geometry import Geometry, trace_geometry
 from qprune.groups import channel_groups
 from qprune.nn.codebook import CodebookConv2d, CodebookLinear, codebook_layers, to_codebook
@@ -21,6 +22,7 @@ from qprune.record import Record, attach, record_of
 from qprune.search.annc import Annc
 from qprune.search.driver import Search
 from qprune.search.sparsity import keep_filters, keep_weights
+from qprune.stored import layer_bits
 
 
 class CodebookRecipe:
@@ -43,8 +45,8 @@ class CodebookRecipe:
         return copied
 
     def finish(self, search: Search, policy: Policy, batches: Sequence[Tensor]) -> nn.Module:
-        """The network with codebooks; the policy is only its summary."""
-        return self._calibrated(_annc(search).network(), batches)
+        """The network with codebooks, without the filters that have no weight left; the policy is only its summary."""
+        return self._calibrated(without_empty_filters(_annc(search).network()), batches)
 
     def uniform(self, net: nn.Module, search: Search, batches: Sequence[Tensor]) -> tuple[str, nn.Module]:
         """(label, network): the trained float network pruned once to the same share in every layer, all at the bits that the search starts
@@ -59,6 +61,15 @@ class CodebookRecipe:
         if any(layer.input_quantizer is not None for _, layer in codebook_layers(net)):
             calibrate(net, batches)
         return net
+
+
+def without_empty_filters(net: nn.Module) -> nn.Module:
+    """A network with codebooks, changed in place, of which the filters that have no weight left are taken out."""
+    record = record_of(net)
+    if record is None or record.geometry is None:
+        return net
+    policy = Policy({name: layer_bits(layer) for name, layer in codebook_layers(net)}, record.geometry)
+    return without_pruned(net, record, policy) if policy.pruned() and survives(policy.layers, record.geometry) else net
 
 
 def uniform_network(net: nn.Module, method: Annc, bits: int) -> tuple[nn.Module, float]:
