@@ -161,6 +161,33 @@ def test_the_model_stays_as_it_was(tmp_path: Path) -> None:
     assert [module.training for module in model.modules()] == modes
 
 
+def test_a_layer_made_by_hand_with_filters_of_0_bits(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layer = qprune.nn.QuantConv2d(3, 6, 3, w_bits=(0, 2, 4, 32, 0, 1), a_bits=3).to(memory_format=torch.channels_last)
+    net = nn.Sequential(layer, nn.ReLU()).train()
+    net(images())
+    with torch.no_grad():
+        layer.weight[[0, 4]] = 0
+    path = export_onnx(net, tmp_path / "net.onnx", images(batch=1))
+    scale = next(item for item in onnx.load(path).graph.initializer if item.name == "0.weight.scale")
+    assert (onnx.numpy_helper.to_array(scale) > 0).all()
+    assert_parity(path, net.eval(), images(seed=2))
+
+
+def test_a_layer_without_filters_beside_a_residual_path(tmp_path: Path) -> None:
+    x = images()
+    net = Wired().train()
+    net(x)
+    names = ("stem", "depthwise", "head", "fc")
+    policy = qprune.Policy({"left": (0, 4), **dict.fromkeys(names, (4, 4))})
+    model = qprune.prepare(net, qprune.SearchSpace((0, 4), (4,)), example_inputs=x)
+    qprune.calibrate(model, [x])
+    final = qprune.convert(model, policy).eval()
+    path = export_onnx(final, tmp_path / "net.onnx", x[:1])
+    assert codes_of(path).keys() == set(names)
+    assert_parity(path, final, images(seed=2))
+
+
 class TwoInputs(nn.Module):
     """A linear layer over the last of three dimensions, whose product onnxruntime fuses differently, and two outputs."""
 
