@@ -17,6 +17,7 @@ from qprune.errors import UnsupportedLayerError
 from qprune.geometry import ExampleInputs, weighted_layers
 from qprune.modes import kept_modes
 from qprune.nn.codebook import CodebookLayer
+from qprune.nn.filterwise import FilterConv2d
 from qprune.nn.mixing import Mixing
 from qprune.nn.quant import QuantConv2d, QuantLinear
 from qprune.nn.quantizing import Quantizing
@@ -40,7 +41,7 @@ def fold(model: nn.Module, example_inputs: ExampleInputs, norms: Collection[str]
 
         γ (y − μ) / sqrt(σ² + ε) + β  =  m y + c,    weight ← m · weight,    bias ← m · bias + c
 
-    example_inputs   for two or more calls, which show what every normalisation reads
+    example_inputs   for calls of the model, which show what every normalisation reads; a few samples are enough
     norms            names of those to fold: UnsupportedLayerError if one cannot be. None: all that can be; one log line says which stay
                      and why
     negative_scales  a filter with m < 0 keeps its integer codes, and its scale becomes negative. False, for runtimes that refuse such

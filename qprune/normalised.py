@@ -63,7 +63,8 @@ def _same(x: Tensor, y: Tensor) -> bool:
 
 
 def _outputs(model: nn.Module, example_inputs: ExampleInputs) -> list[Tensor]:
-    with kept_modes(model), torch.random.fork_rng():
+    devices = {p.device for p in model.parameters() if p.is_cuda}
+    with kept_modes(model), torch.random.fork_rng(devices):
         torch.manual_seed(0)
         return [value.clone() for value in tree_leaves(run(model.eval(), example_inputs)) if isinstance(value, Tensor)]
 

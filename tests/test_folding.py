@@ -359,6 +359,8 @@ def test_a_norm_with_an_activation_of_its_own_leaves_it() -> None:
 def test_a_model_in_search_or_without_outputs_is_refused() -> None:
     with pytest.raises(UnsupportedLayerError, match="candidates"):
         fold(prepare(build("vgg_bn"), SearchSpace()), X)
+    with pytest.raises(UnsupportedLayerError, match="candidates"):
+        fold(unit_models.prepared(unit_models.chain()), torch.randn(2, 1, 8, 8))
     net = Net(lambda n, x: None, conv=conv(), norm=nn.BatchNorm2d(4))
     with pytest.raises(InputError, match="no tensor"):
         fold(net, X)
