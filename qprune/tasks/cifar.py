@@ -68,6 +68,9 @@ class Pixels:
     def image(self, index: int) -> Tensor:
         return self.x[index]
 
+    def images(self, indices: Tensor) -> Tensor:
+        return self.x[indices]
+
     def name(self, index: int) -> str:
         return f"image {index} of {self.title}"
 
@@ -98,7 +101,7 @@ def cifar(
     Pixels stay uint8 in memory and become (x / 255 - mean) / std in their batch. Training batches hold 32x32 crops of the images with a
     border of 4 black pixels, half of them mirrored.
 
-    workers   processes that augment; None: at most two
+    workers   processes that augment, in training; None: at most two
     complete  refuse files with fewer records than the data set has
     verify    compare the archive's MD5 sum with that on the data set's page
     """
@@ -109,7 +112,7 @@ def cifar(
     train_x, train_y = _joined(version, {name: contents[name] for name in version.train}, version.train, complete)
     test_x, test_y = _joined(version, {name: contents[name] for name in version.test}, version.test, complete)
     transforms = shifted_crops(SIZE, PADDING, version.finish, augment, version.name)
-    processes = min(2, automatic_workers()) if workers is None else workers
+    processes = (min(2, automatic_workers()) if workers is None else workers) if augment else 0
     train = Images(Pixels(train_x, f"{version.name}'s training files"), torch.arange(len(train_y)), train_y, transforms, processes)
     test = Images(Pixels(test_x, f"{version.name}'s test file"), torch.arange(len(test_y)), test_y, transforms)
     kept, held_out = stratified(train_y, (1 - val_fraction, val_fraction), seed)

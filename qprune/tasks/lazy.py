@@ -33,7 +33,10 @@ class DamagedImageError(DataError):
 
 
 class Reader(Protocol):
-    """Images by number, read from wherever they are. It is copied to worker processes."""
+    """Images by number, read from wherever they are. It is copied to worker processes.
+
+    A reader of tensors in memory may have images(indices), which gives several at once, [N, C, H, W].
+    """
 
     def image(self, index: int) -> Any:
         """What transforms take: a PIL image, or a tensor [C, H, W] uint8. Raises DamagedImageError."""
@@ -45,10 +48,10 @@ class Reader(Protocol):
 @dataclass(frozen=True)
 class Transforms:
     """plain and augmented make [C, S, S] uint8 tensors of one size from what a reader gives; augmented draws from torch's global generator.
-    finish makes a batch of them the float32 input of a network, on the device."""
+    None leaves images as they are. finish makes a batch of them the float32 input of a network, on the device."""
 
-    plain: Transform
-    augmented: Transform
+    plain: Transform | None
+    augmented: Transform | None
     finish: Callable[[Tensor], Tensor]
 
 
@@ -198,11 +201,16 @@ class _Pass(Dataset[tuple[Tensor, Tensor, list[tuple[str, str]]]]):
 
     def __init__(self, part: Images, batches: list[Tensor], seeds: Tensor | None = None, replace: bool = False) -> None:
         self.part, self.chosen, self.seeds, self.replace = part, batches, seeds, replace
+        self.transform = part.transforms.plain if seeds is None else part.transforms.augmented
 
     def __len__(self) -> int:
         return len(self.chosen)
 
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
+        at_once = getattr(self.part.reader, "images", None)
+        if at_once is not None and self.transform is None:
+            chosen = self.chosen[number]
+            return at_once(self.part.index[chosen]), self.part.y[chosen], []
         images, labels = [], []
         damaged: dict[str, str] = {}
         generator = torch.default_generator
@@ -230,8 +238,7 @@ class _Pass(Dataset[tuple[Tensor, Tensor, list[tuple[str, str]]]]):
             except DamagedImageError as error:
                 damaged[part.reader.name(index)] = str(error)
                 continue
-            if self.seeds is None:
-                return part.transforms.plain(image), part.y[at]
-            torch.default_generator.manual_seed(int(self.seeds[place]))
-            return part.transforms.augmented(image), part.y[at]
+            if self.seeds is not None:
+                torch.default_generator.manual_seed(int(self.seeds[place]))
+            return image if self.transform is None else self.transform(image), part.y[at]
         return None

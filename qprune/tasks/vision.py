@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 from .lazy import Normalise, Transforms
 from .order import DataError
 
@@ -31,9 +29,9 @@ def shifted_crops(size: int, padding: int, finish: Normalise, augment: bool, wha
     """For tensors [C, size, size]: crops of the image with a black border of `padding` pixels, half of them mirrored. Plain images are left
     as they are. Without `augment` torchvision is not needed, and nothing is augmented."""
     if not augment:
-        return Transforms(_same, _same, finish)
+        return Transforms(None, None, finish)
     v2 = transforms_v2(f"augmentation of {what} (option augment=false goes without)")
-    return Transforms(_same, v2.Compose([v2.RandomCrop(size, padding=padding), v2.RandomHorizontalFlip()]), finish)
+    return Transforms(None, v2.Compose([v2.RandomCrop(size, padding=padding), v2.RandomHorizontalFlip()]), finish)
 
 
 def resized_crops(size: int, finish: Normalise, augment: bool, what: str) -> Transforms:
@@ -44,10 +42,6 @@ def resized_crops(size: int, finish: Normalise, augment: bool, what: str) -> Tra
     if not augment:
         return Transforms(plain, plain, finish)
     return Transforms(plain, v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), v2.PILToTensor()]), finish)
-
-
-def _same(x: Tensor) -> Tensor:
-    return x
 
 
 def checked_size(size: Any, what: str) -> int:
