@@ -122,7 +122,7 @@ class _Check:
         except UnsupportedLayerError as error:
             return _Layer(replace(row, reason=str(error).partition(": ")[2]))
         made = IntegerLayer(layer, weight, grid)
-        some = f"{int(made.float.sum())} filters at 32 bits are not in integers" if made.float.any() else ""
+        some = f"{int(made.float.sum())} filters at 32 bits stay float" if made.float.any() else ""
         if made.bound.bits > INT32:
             row = replace(row, status="failed", reason=f"its accumulator may need {made.bound.bits} bits")
         else:
@@ -149,21 +149,19 @@ class _Check:
     def batch(self, batch: ExampleInputs) -> None:
         self.seen.clear()
         with self._hooked(self._remember):
-            expected = run(self.model, batch)
+            expected = _outputs(run(self.model, batch))
+        if not expected:
+            raise InputError("verify: the network has no output of floating point")
+        samples = len(expected[0]) if expected[0].dim() else 1
         self.calls: dict[str, int] = {}
-        self.diverged = False
+        self.diverged = torch.zeros(samples, dtype=torch.bool, device=expected[0].device)
         with self._hooked(self._replace):
-            found = run(self.model, batch)
-        first = True
-        for a, b in zip(tree_leaves(expected), tree_leaves(found), strict=True):
-            if isinstance(a, Tensor) and a.is_floating_point() and a.numel():
-                self.difference = max(self.difference, _relative(b - a, a))
-                if first:
-                    self.samples += len(a) if a.dim() else 1
-                    if a.dim() == 2:
-                        self.ranked += len(a)
-                        self.same += int((a.argmax(1) == b.argmax(1)).sum())
-                first = False
+            found = _outputs(run(self.model, batch))
+        self.difference = max(self.difference, *(_relative(b - a, a) for a, b in zip(expected, found, strict=True)))
+        self.samples += samples
+        if expected[0].dim() == 2:
+            self.ranked += samples
+            self.same += int((expected[0].argmax(1) == found[0].argmax(1)).sum())
 
     @contextlib.contextmanager
     def _hooked(self, callback: Any) -> Iterator[None]:
@@ -199,9 +197,14 @@ class _Check:
         places, before = self.seen[name][call]
         other = levels != before
         changed = int(other.sum())
-        if changed and not self.diverged:
-            self.diverged = True
-            self.boundary = max(self.boundary, float(to_middle(places[other]).max()))
+        if changed:
+            # samples do not see each other: what is a first change, and what a consequence, each has of its own
+            samples = len(self.diverged) if len(other) % len(self.diverged) == 0 else 1
+            rows, distance = other.reshape(samples, -1), to_middle(places).reshape(samples, -1)
+            same = ~self.diverged if samples > 1 else ~self.diverged.any(0, keepdim=True)
+            first = rows & same.unsqueeze(1)
+            self.boundary = max(self.boundary, float((distance * first).max()))
+            self.diverged = self.diverged | rows.any(1)
         self.changed += changed
         return changed
 
@@ -271,7 +274,7 @@ class _Check:
 
     def result(self) -> Verification:
         if not self.samples:
-            raise InputError("verify: no batches were given, or the network has no output of floating point")
+            raise InputError("verify: no batches were given")
         rows = tuple(self._row(name, layer) for name, layer in self.layers.items())
         agreement = self.same / self.ranked if self.ranked else None
         return Verification(rows, self.samples, self.difference, agreement, self.changed, self.boundary)
@@ -282,6 +285,10 @@ class _Check:
         if name not in self.seen:
             return replace(layer.row, status="float", worst_bits=0, reason="it was not called")
         return replace(layer.row, observed_bits=signed_bits(layer.low, layer.high))
+
+
+def _outputs(output: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.numel()]
 
 
 def _on_grid(layer: _Layer, x: Tensor) -> bool:

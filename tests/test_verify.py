@@ -227,7 +227,7 @@ def test_layers_that_are_not_of_integers_say_why() -> None:
         "open": ("float", "its input is at 32 bits"),
         "none": ("float", "its input is at 0 bits"),
         "whole": ("float", "all its filters are at 32 bits"),
-        "some": ("integer", "1 filters at 32 bits are not in integers"),
+        "some": ("integer", "1 filters at 32 bits stay float"),
         "uniq": ("float", "'uniq' weights have no integer codes: their levels are not equidistant"),
         "idle": ("float", "it was not called"),
     }
@@ -303,6 +303,39 @@ def test_only_so_many_batches_are_read() -> None:
     assert len(list(loader)) == 7
 
 
+class Classes(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.argmax(1)
+
+
+def test_every_sample_has_a_first_change_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer behind a change is no excuse for samples that had none."""
+    first, second = (layer(QuantLinear, 40, 40, w_bits=8, a_bits=8, signed=False) for _ in range(2))
+    codes = input_codes(first)
+    assert codes is not None
+    middles = ((torch.arange(40) % 250) + 0.5) * codes.scale
+    x = torch.stack(
+        [torch.nextafter(middles, torch.tensor(9.0)), torch.nextafter(middles, torch.tensor(0.0)), torch.ones(40) * codes.scale]
+    )
+    net = nn.Sequential(first, second)
+    found = verify(net, [x])
+    assert found.ok and found.layers[0].changed > 0 and 0 < found.boundary < 1e-4
+    calls = []
+
+    def drifting(y: Tensor) -> Tensor:
+        calls.append(1)
+        return y + 0.2 * second_scale * (len(calls) % 2) * torch.tensor([[0.0], [0.0], [1.0]])
+
+    grid = input_codes(second)
+    assert grid is not None
+    second_scale = grid.scale
+    monkeypatch.setattr(net, "forward", lambda x: second(drifting(first(x))))
+    drifted = verify(net, [x])
+    assert not drifted.ok and drifted.boundary > 1e-2
+    with pytest.raises(VerificationError, match="steps from a boundary"):
+        verify(net, [x], strict=True)
+
+
 def test_refusals() -> None:
     final = final_model("lenet5", (2, 4), (4,))
     with pytest.raises(InputError, match="no batches"):
@@ -311,6 +344,8 @@ def test_refusals() -> None:
         verify(prepare(NETWORKS["lenet5"](), SearchSpace()), [images(2)])
     with pytest.raises(InputError, match=r"parameters of torch.bfloat16, expected float32; call model.float\(\)"):
         verify(final.bfloat16(), [images(2).bfloat16()])
+    with pytest.raises(InputError, match="no output of floating point"):
+        verify(nn.Sequential(layer(QuantLinear, 3, 2, w_bits=4, a_bits=4), Classes()), [torch.randn(2, 3)])
     broken = layer(QuantLinear, 3, 2, w_bits=4, a_bits=4)
     found = verify(broken, [torch.tensor([[1.0, torch.nan, 0.0]])])
     assert found.layers[0].reason == "its input is NaN: codes cannot say so" and not found.ok
