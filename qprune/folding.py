@@ -59,7 +59,7 @@ def fold(model: nn.Module, example_inputs: ExampleInputs, norms: Collection[str]
     """
     final = copy_model(unwrap(model))
     modules = dict(final.named_modules())
-    mixed = next((name for name, layer in modules.items() if isinstance(layer, Mixing)), None)
+    mixed = next((name for name, module in modules.items() if isinstance(module, Mixing | FilterConv2d)), None)
     if mixed is not None:
         raise UnsupportedLayerError(f"fold: layer {mixed!r} still has candidates; convert(model, policy) first")
     known = [name for name, module in modules.items() if isinstance(module, _BatchNorm)]
