@@ -38,7 +38,8 @@ def prepare(model: nn.Module, space: SearchSpace, rules: Rules | None = None, ex
     rules           module name, or fnmatch pattern, → another SearchSpace for those layers, or None to leave them float. A name goes before
                     patterns; of several patterns the first that matches counts
     example_inputs  a tensor, a tuple of arguments or a dict of keywords for one call: gives the geometry that costs and budgets need, the
-                    channel groups, and which inputs are signed. Ranges are calibrated on the first training batch, or by `calibrate`
+                    channel groups, and which inputs are signed. Ranges are calibrated on the first training batch, or by `calibrate`.
+                    Filters that can only be removed together then share their gate of 0 bits (see qprune.ties)
 
     With placement="output" a convolution, the BatchNorm2d that gets its output and the nn.ReLU or nn.ReLU6 behind it become one unit, whose
     filters choose (weight bits, activation bits); other activation functions count as none. Needs example_inputs. Linear layers stay float
