@@ -109,13 +109,13 @@ def cost_table(title: str, cost: Cost, geometry: Geometry) -> Table:
 def export_table(files: Sequence[Exported]) -> Table:
     """One row per file and per program that ran it: bytes, operators, and how its outputs differ from PyTorch's."""
     samples = ", ".join(str(n) for n in sorted({file.samples for file in files if file.samples}))
-    caption = f"against PyTorch on {samples} test samples; differ: values further than 1e-5 · max(1, |value|)" if samples else None
+    caption = f"against PyTorch on {samples} test samples; differ: by more than 1e-5 · max(1, |value|)" if samples else None
     table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
     table.add_column("format", no_wrap=True)
-    for heading in ("size", "operators"):
+    for heading in ("size", "nodes"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("run by", no_wrap=True)
-    for heading in ("largest", "differ", "same class"):
+    for heading in ("largest", "differ", "top-1"):
         table.add_column(heading, justify="right", no_wrap=True)
     for file in files:
         if file.error is not None:

@@ -84,6 +84,24 @@ def _seeds(result: Result) -> str:
     return f"<details><summary>Test accuracy of every seed</summary>{html_table(('Seed', *NETWORKS), rows)}</details>"
 
 
+def _files(result: Result) -> str:
+    """The files that were written besides the network; nothing for a run without any."""
+    rows = []
+    for run in runs_of(result):
+        for file in get(run, "files") or []:
+            place = f"seed-{get(run, 'seed')}/" if run is not runs_of(result)[0] else ""
+            for program, found in (get(file, "parity") or {}).items():
+                cells = [escape(f"{place}{get(file, 'file')}"), si(number(file, "bytes"), "B"), escape(str(program))]
+                largest, share = number(found, "largest"), number(found, "share")
+                cells += ["–" if largest is None else f"{largest:.2g}", percent(share), percent(number(found, "agreement"))]
+                rows.append(("", cells))
+    if not rows:
+        return ""
+    head = ("File", "Size", "Run by", "Largest difference", "Values that differ", "Same class")
+    caption = "Outputs on test samples against PyTorch's; a value differs that is further than 1e-5 · max(1, |value|) away."
+    return f'<section><h2>Files</h2>{html_table(head, rows)}<p class="caption">{caption}</p></section>'
+
+
 def _tiles(result: Result) -> str:
     accuracy, half, bops, size = (summary(result, "searched", key) for key in ("accuracy_mean", "accuracy_ci95", "bops", "size_bits"))
     reference = " · ".join(f"{name} {percent(summary(result, name, 'accuracy_mean'))}" for name in ("float", "uniform"))
@@ -208,9 +226,8 @@ def _page(result: Result) -> str:
     if "metrics" in result:
         body = _unfinished(result)
     else:
-        body = (
-            f'<p class="verdict">{escape(str(verdict or "–"))}</p>{_tiles(result)}{_results(result)}{_figures(result)}{_settings(result)}'
-        )
+        parts = (_tiles, _results, _files, _figures, _settings)
+        body = f'<p class="verdict">{escape(str(verdict or "–"))}</p>' + "".join(part(result) for part in parts)
     line = "" if "metrics" in result else f"<p>{escape(' · '.join(filter(None, facts)))}</p>"
     return PAGE.format(title=title, css=CSS, line=line, body=body)
 
