@@ -67,7 +67,7 @@ def describe_removal(geometry: Geometry, plan: Plan) -> tuple[LayerRemoval, ...]
         spread = len(set(left.outputs) - set(left.rows))
         if not left.silent and len(left.columns) == layer.channels and len(left.rows) == layer.filters:
             continue
-        why = _why(name, geometry, left.fillers, spread, layer.groups > 1 and not layer.depthwise)
+        why = _why(name, geometry, left.fillers, spread, 1 < layer.groups != layer.filters)
         rows.append(
             LayerRemoval(name, layer.filters, layer.channels, len(left.rows), len(left.columns), removed, spread, len(left.fillers), why)
         )

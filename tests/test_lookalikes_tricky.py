@@ -45,3 +45,9 @@ def test_norms_of_single_channels_lose_theirs(name: str) -> None:
     final = convert(model, policy)
     assert left < 8 and final.conv.weight.size(0) == left
     assert all(len(p) == left for p in final.middle.parameters()) and final.last.in_channels == left
+
+
+def test_two_filters_per_channel_go_together_or_stay() -> None:
+    model = prepared("multiplier")
+    told = {row.name: row for row in removal_report(convert(model, random_policy(model, seed=1)))}
+    assert told["middle.conv"].fillers > 0 and "equal numbers" in told["middle.conv"].why

@@ -79,6 +79,8 @@ def test_public_name_has_a_docstring(name: str) -> None:
         ("cost", ["model_or_policy", "example_inputs", "convention"]),
         ("channel_groups", ["model", "example_inputs"]),
         ("calibrate", ["model", "batches"]),
+        ("recalibrate", ["model", "loader", "batches", "momentum"]),
+        ("fold", ["model", "example_inputs"]),
         ("arch_parameters", ["model"]),
         ("weight_parameters", ["model"]),
     ],
