@@ -68,6 +68,7 @@ def search(
     finetune_lr: Annotated[float, typer.Option(help="Learning rate of fine-tuning.")] = 0.03,
     arch_lr: Annotated[float, typer.Option(help="Learning rate of the gates.")] = 0.02,
     convention: Annotated[str, typer.Option(help="How bit operations are counted: product, zur or uniq.")] = "product",
+    deterministic: Annotated[bool, typer.Option("--deterministic", help="The same seed gives the same bits again on one device.")] = False,
     threads: Threads = 0,
     overwrite: Overwrite = False,
     resume: Annotated[
@@ -91,7 +92,7 @@ def search(
         "method_options": arguments.settings(setting or ()),
         "edge_bits": edge_bits, "float_epochs": float_epochs, "search_epochs": search_epochs, "finetune_epochs": finetune_epochs,
         "batch_size": batch_size, "lr": lr, "search_lr": search_lr, "finetune_lr": finetune_lr, "arch_lr": arch_lr,
-        "seed": seed, "seeds": seeds, "convention": convention,
+        "seed": seed, "seeds": seeds, "convention": convention, "deterministic": deterministic,
     }  # fmt: skip
     began = stored_options(out) if resume else None
     if began is not None:

@@ -45,6 +45,7 @@ class RunOptions:
     loop                "steps": methods with data for the weights and for the logits take one step on each in turn; "epochs": method zur
                         alternates between epochs of logits and of weights, which are quantized in stages
     method_options      further arguments of the method, by name
+    deterministic       only algorithms that give the same bits again on one device (see qprune.resume.randomness)
     """
 
     data: str = "digits"
@@ -73,6 +74,7 @@ class RunOptions:
     data_dir: str = ""
     data_options: Mapping[str, Any] = field(default_factory=dict)
     weights: str = ""
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         check_sources(self)

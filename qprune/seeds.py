@@ -26,6 +26,7 @@ from qprune.resume.checkpoints import Checkpoints
 from qprune.resume.failures import REPLAY
 from qprune.resume.folder import ENVIRONMENT, OPTIONS, RESULT, SEED, STATES, begin, check_same, held, stored_options, take_up
 from qprune.resume.phase import METRICS
+from qprune.resume.randomness import be_deterministic
 from qprune.resume.signals import Stop, Stopped
 from qprune.tasks.sources import network_of, task_of
 from qprune.tasks.task import Task
@@ -154,6 +155,8 @@ def run(
                 if done is not None:
                     _tidy(folder)
                     return done
+            if options.deterministic:
+                be_deterministic()
             task = task_of(options)
             geometry = Geometry(trace_geometry(network_of(options, task), task.example()))
             if began is None:

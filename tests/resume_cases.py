@@ -22,8 +22,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "zur-epochs": {"method": "zur", "loop": "epochs", "pairs": ((2, 2), (4, 4)), "method_options": {"samples": 2}, "search_epochs": 1},
     "zur-uniq": {"method": "zur", "loop": "epochs", "quantizer": "uniq", "pairs": ((2, 2), (3, 3)), "search_epochs": 1},
     "slimmable": {"budget": "macs=50%", "method_options": {"samples": 2, "ratios": [0.5, 1.0], "shortcut": "temporary"}},
-    "sbs": {"w_bits": (0, 2, 4), "a_bits": (2, 4)},
-    "sbs-stages": {"method": "sbs", "w_bits": (0, 2, 4), "a_bits": (2, 4), "method_options": {"mode": "two-stage", "switch": 4}},
+    "sbs": {"w_bits": (0, 2, 4), "a_bits": (2, 4), "method_options": {"mode": "two-stage", "switch": 4}},
     "annc": {"budget": "size=5%", "method_options": {"a_bits": 4, "temperature": 4.0}},
 }
 

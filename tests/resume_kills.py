@@ -23,7 +23,7 @@ from qprune.recipes import recipe_for
 
 WORDS = [
     "search", "--method", "edmips", "--w-bits", "0,2,4", "--granularity", "filter", "--float-epochs", "1", "--search-epochs", "2",
-    "--finetune-epochs", "1", "--batch-size", "16", "--threads", "1", "--checkpoint-minutes", "0.00001", "--resume", "--out",
+    "--finetune-epochs", "1", "--batch-size", "16", "--threads", "1", "--checkpoint-minutes", "0.00001", "--no-onnx", "--resume", "--out",
 ]  # fmt: skip
 PHASES = {"float", "search", "finetune", "uniform", "report"}
 

@@ -11,7 +11,7 @@ from safetensors.torch import save as to_bytes
 
 from qprune.errors import CheckpointError, NonFiniteError, OutOfMemoryError
 from qprune.files import write_atomically
-from qprune.options import RunOptions
+from qprune.options import OptionError, RunOptions
 from qprune.resume.phase import Phase
 
 REPLAY = "nonfinite.safetensors"
@@ -28,6 +28,8 @@ def explained(phase: Phase, options: RunOptions, seed: int) -> Iterator[None]:
         error.args = (f"{error}{where}{phase.last_good()}",)
         raise
     except (RuntimeError, MemoryError) as error:
+        if "deterministic implementation" in str(error):
+            raise OptionError(f"deterministic: phase {phase.name}: {' '.join(str(error).split())}") from error
         if not _is_memory(error):
             raise
         what = " ".join(str(error).split())[:200] or "no memory left"

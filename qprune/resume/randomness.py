@@ -43,8 +43,9 @@ def restore(state: dict[str, Any], generator: torch.Generator) -> None:
 
 
 def be_deterministic() -> None:
-    """Let torch use deterministic algorithms only: with the same seed, one device gives the same bits again. Operations that have none then
-    raise RuntimeError. Call it before anything runs on a GPU."""
+    """Let torch use deterministic algorithms only, from now on: with the same seed, one device gives the same bits again. Operations that
+    have none then raise RuntimeError. Call it before anything runs on a GPU."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
