@@ -41,36 +41,18 @@ class _Filters:
     """All filters of all layers under one numbering, with the classes of those that are pruned together."""
 
     def __init__(self, geometry: Geometry, prunable: Collection[str]) -> None:
-        self.layers = geometry.layers
+        self.layers, self.prunable = geometry.layers, prunable
         sizes = [layer.filters for layer in self.layers.values()]
         self.starts = dict(zip(self.layers, np.concatenate([[0], np.cumsum(sizes)]).tolist(), strict=False))
-        self.total = sum(sizes)
-        groups = [g for g in geometry.groups if not (g.producers.keys() | g.consumers.keys()) - self.layers.keys()]
-        within = list(self._within_layers())
-        linked = self._classes([*within, *(edge for group in groups for edge in self._across(group))])
-        self.fixed = self._where(linked, [self.of(name) for name in self.layers if name not in prunable])
-        self.read = self._where(linked, [self._read_filters(group) for group in groups])
-        self.linked, apart = linked, self._classes(within)
-        self.classes = np.where((self.read & ~self.fixed)[linked], linked, apart + linked.max(initial=0) + 1)
+        self.first_at: dict[tuple[str, int], int] = {}
+        groups = [group for group in geometry.groups if group.producers and group.producers.keys() <= set(prunable)]
+        edges = [*self._within_layers(), *(edge for group in groups for edge in self._across(group))]
+        a, b = (np.concatenate([np.zeros(0, int), *side]) for side in zip(*edges, strict=True)) if edges else (np.zeros(0, int),) * 2
+        graph = coo_array((np.ones(len(a)), (a, b)), shape=(sum(sizes), sum(sizes)))
+        self.classes = np.asarray(connected_components(graph, directed=False)[1])
 
     def of(self, name: str) -> np.ndarray:
         return self.starts[name] + np.arange(self.layers[name].filters)
-
-    def _classes(self, edges: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-        a, b = (np.concatenate([np.zeros(0, int), *side]) for side in zip(*edges, strict=True)) if edges else (np.zeros(0, int),) * 2
-        return np.asarray(connected_components(coo_array((np.ones(len(a)), (a, b)), shape=(self.total, self.total)), directed=False)[1])
-
-    @staticmethod
-    def _where(classes: np.ndarray, members: list[np.ndarray]) -> np.ndarray:
-        """Whether a class has one of the members."""
-        found = np.zeros(classes.max(initial=-1) + 1, bool)
-        found[classes[np.concatenate([np.zeros(0, int), *members])]] = True
-        return found
-
-    def _read_filters(self, group: ChannelGroup) -> np.ndarray:
-        rows = sorted({r for pairs in group.consumers.values() for _, r in pairs})
-        filters = [self.starts[name] + np.array(made)[rows] for name, made in group.producers.items()]
-        return np.concatenate([np.zeros(0, int), *filters])
 
     def _within_layers(self) -> _Edges:
         for name, layer in self.layers.items():
@@ -79,22 +61,22 @@ class _Filters:
                 yield filters, self.starts[name] + (filters - self.starts[name]) % (layer.filters // layer.groups)
 
     def _across(self, group: ChannelGroup) -> _Edges:
-        names = list(group.producers)
-        if not names:
-            return
-        first = self.starts[names[0]] + np.array(group.producers[names[0]], int)
-        for name in names[1:]:
-            yield first, self.starts[name] + np.array(group.producers[name], int)
+        """Between the filters that make a channel which somebody reads, and those of grouped and depthwise layers that read it."""
+        made = [self.starts[name] + np.array(filters, int) for name, filters in group.producers.items()]
         for name, pairs in group.consumers.items():
+            if name not in self.layers:
+                continue
             layer, (inputs, channels) = self.layers[name], np.array(pairs, int).reshape(-1, 2).T
-            if layer.depthwise:
+            for other in made[1:]:
+                yield made[0][channels], other[channels]
+            if layer.depthwise and name in self.prunable:
                 each = layer.filters // layer.groups
                 for offset in range(each):
-                    yield first[channels], self.starts[name] + inputs * each + offset
-            elif layer.groups > 1:
-                places = inputs % layer.inputs
-                lead = dict(zip(places.tolist(), channels.tolist(), strict=True))
-                yield first[channels], first[[lead[place] for place in places.tolist()]]
+                    yield made[0][channels], self.starts[name] + inputs * each + offset
+            elif layer.groups > 1 and not layer.depthwise:
+                nodes, places = made[0][channels], inputs % layer.inputs
+                same = [self.first_at.setdefault((name, p), n) for n, p in zip(nodes.tolist(), places.tolist(), strict=True)]
+                yield nodes, np.array(same, int)
 
 
 def filterwise(layer: Mixing) -> bool:
@@ -104,8 +86,8 @@ def filterwise(layer: Mixing) -> bool:
 
 
 def tied_channels(geometry: Geometry, prunable: Collection[str]) -> tuple[Tie, ...]:
-    """What is pruned together, in the order of the layers. A channel that nobody is known to read, or that a layer which is not `prunable`
-    makes too, is never removed: its filters are pruned on their own.
+    """What is pruned together, in the order of the layers. Where a layer that is not `prunable` makes a channel too, or nobody is known to
+    read it, it is never gone: its filters are pruned on their own.
 
     prunable  layers whose filters may choose 0 bits, each for itself
     """
@@ -133,20 +115,19 @@ def _tie(classes: dict[str, np.ndarray]) -> Tie:
 
 
 def not_removable(geometry: Geometry, prunable: Collection[str]) -> dict[str, str]:
-    """Layer of `prunable` → why some of its filters, once pruned, leave a channel that other layers still read."""
-    filters, reasons = _Filters(geometry, prunable), {}
+    """Layer of `prunable` → why some of its channels remain for layers that read them, though its filters are pruned."""
+    reasons = {}
     for name in (name for name in geometry.layers if name in prunable):
-        mine = np.unique(filters.linked[filters.of(name)])
-        if filters.fixed[mine].any():
-            others = [
-                other for other in geometry.layers if other not in prunable and np.isin(filters.linked[filters.of(other)], mine).any()
-            ]
+        groups = [group for group in geometry.groups if name in group.producers and group.consumers]
+        others = dict.fromkeys(other for group in groups for other in group.producers if other not in prunable)
+        read = {group.producers[name][r] for group in groups for pairs in group.consumers.values() for _, r in pairs}
+        why = dict.fromkeys(group.why for group in groups if not group.removable and group.why)
+        if others:
             reasons[name] = f"its channels are those of {', '.join(others)} too, which cannot be pruned per filter"
-        elif not filters.read[mine].all():
+        elif len(read) < geometry.layers[name].filters:
             reasons[name] = "no layer is known to read its channels"
-        else:
-            why = dict.fromkeys(group.why for group in geometry.groups if name in group.producers and not group.removable and group.why)
-            reasons |= {name: ", ".join(why)} if why else {}
+        elif why:
+            reasons[name] = ", ".join(why)
     return reasons
 
 

@@ -70,6 +70,18 @@ class Joined(nn.Module):
         return y
 
 
+class JoinedGroups(nn.Module):
+    """The two groups of c read what a made, and what b made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1), nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.d(torch.relu(self.c(torch.relu(torch.cat([self.a(x), self.b(x)], 1)))))
+        return y
+
+
 def grouped() -> nn.Module:
     return nn.Sequential(nn.Conv2d(2, 4, 1), nn.ReLU(), nn.Conv2d(4, 6, 3, groups=2), nn.ReLU(), nn.Conv2d(6, 2, 1))
 
@@ -98,8 +110,13 @@ FIXED = SearchSpace.fixed(4, 4)
 KNOWN: dict[str, tuple[Callable[[], nn.Module], dict[str, SearchSpace | None], list[dict[str, tuple[int, ...]]]]] = {
     "residual": (Stage, {}, [{"a": (0, 1, 2), "b": (0, 1, 2), "c": (0, 1, 2)}]),
     "residual of a layer that stays": (Stage, {"a": FIXED}, []),
-    "residual of a float layer": (Stage, {"c": None}, []),
-    "residual of a layer that is pruned as a whole": (Stage, {"b": SearchSpace((0, 2), (4,))}, []),
+    "residual, the last layer stays": (Stage, {"c": None}, [{"a": (0, 1, 2), "b": (0, 1, 2)}]),
+    "residual, one layer is pruned as a whole": (Stage, {"b": SearchSpace((0, 2), (4,))}, []),
+    "depthwise, excitation stays": (
+        Inverted,
+        {"excite": FIXED},
+        [{"stem": (0, 1), "project": (0, 1)}, {"expand": (0, 1, 2, 3), "depthwise": (0, 1, 2, 3)}],
+    ),
     "depthwise and excitation": (
         Inverted,
         {},
@@ -111,6 +128,7 @@ KNOWN: dict[str, tuple[Callable[[], nn.Module], dict[str, SearchSpace | None], l
     "concatenation added": (Joined, {}, [{"a": (0, 1), "b": (2,), "c": (0, 1, 2)}]),
     "concatenation, one part stays": (Joined, {"b": FIXED}, [{"a": (0, 1), "c": (0, 1, 2)}]),
     "groups": (grouped, {}, [{"0": (0, 1, 0, 1)}, {"2": (0, 1, 2, 0, 1, 2)}]),
+    "groups that read two layers": (JoinedGroups, {}, [{"a": (0, 1), "b": (0, 1)}, {"c": (0, 1, 0, 1)}]),
     "depthwise with a multiplier": (multiplied, {}, [{"0": (0, 1, 2), "2": (0, 0, 1, 1, 2, 2)}]),
     "chain": (lambda: nn.Sequential(nn.Conv2d(2, 3, 1), nn.ReLU(), nn.Conv2d(3, 2, 1)), {}, []),
 }
@@ -146,10 +164,10 @@ def test_channels_that_nobody_is_known_to_read_are_not_tied() -> None:
 
 def test_what_cannot_be_removed_is_told(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "qprune"):
-        model = prepare(Stage(), SPACE, {"c": FIXED}, example_inputs=IMAGE)
-    reasons = not_removable(geometry_of(model), {"a", "b", "d", "fc"})
-    assert list(reasons) == ["a", "b", "fc"]
-    assert reasons["a"] == reasons["b"] == "its channels are those of c too, which cannot be pruned per filter"
+        model = prepare(Stage(), SPACE, {"a": FIXED}, example_inputs=IMAGE)
+    reasons = not_removable(geometry_of(model), {"b", "c", "d", "fc"})
+    assert list(reasons) == ["b", "c", "fc"]
+    assert reasons["b"] == reasons["c"] == "its channels are those of a too, which cannot be pruned per filter"
     assert reasons["fc"] == "no layer is known to read its channels"
     (line,) = [record.message for record in caplog.records if "go on reading" in record.message]
     assert all(f"{name} ({reason})" in line for name, reason in reasons.items())
@@ -346,9 +364,9 @@ def test_preparing_again() -> None:
     again = prepare(model, SPACE, example_inputs=IMAGE)
     assert again.a.weight_gate.prune is again.c.weight_gate.prune
     assert all(torch.equal(layer.weight_gate(), before[name]) for name, layer in layers_of(again).items())
-    for untied in (prepare(model, SPACE, {"c": FIXED}, example_inputs=IMAGE), prepare(model, SPACE)):
+    for untied in (prepare(model, SPACE, {"a": FIXED}, example_inputs=IMAGE), prepare(model, SPACE)):
         assert not any(isinstance(gate, TiedGate) for _, gate in gates(untied))
-        for name in "ab":
+        for name in "bc":
             torch.testing.assert_close(getattr(untied, name).weight_gate(), before[name])
     retied = prepare(untied, SPACE, example_inputs=IMAGE)
     for name in "abc":
@@ -370,7 +388,7 @@ def test_layers_compile_in_one_graph() -> None:
     torch.testing.assert_close(compiled(IMAGE), expected)
 
 
-@pytest.mark.parametrize("build", [Stage, Inverted, grouped], ids=["stage", "inverted", "grouped"])
+@pytest.mark.parametrize("build", [Stage, Inverted, grouped, JoinedGroups, multiplied])
 def test_what_a_search_prunes_can_be_removed(build: Callable[[], nn.Module]) -> None:
     """A few steps towards pruning; the policy prunes together, and the converted network costs what the policy says."""
     model = prepare(build(), SPACE, example_inputs=IMAGE)
