@@ -120,7 +120,7 @@ def export(
     formats: Annotated[str, typer.Option("--format", help="Some of onnx, qonnx, packed, torch, safetensors; or all.")] = "onnx",
     out: Annotated[Path | None, typer.Option(help="Folder for the files. Default: export in the run's folder.")] = None,
     seed: Annotated[int | None, typer.Option(help="Which of the run's seeds; default: the first.")] = None,
-    samples: Annotated[int, typer.Option(help="Test samples on which files are compared with PyTorch.")] = 256,
+    samples: Annotated[int, typer.Option(help="Test samples on which files are compared with PyTorch.")] = 64,
     threads: Threads = 0,
 ) -> None:
     """Write the network of a run in other formats, and compare what the files compute with PyTorch on the run's test data."""

@@ -70,7 +70,7 @@ def formats_of(text: str) -> tuple[str, ...]:
 
 
 def export_run(
-    folder: str | Path, formats: Sequence[str], out: str | Path | None = None, seed: int | None = None, samples: int = 256
+    folder: str | Path, formats: Sequence[str], out: str | Path | None = None, seed: int | None = None, samples: int = 64
 ) -> tuple[Path, list[Exported]]:
     """Write the network of a finished run in these formats, and export.json with what this gives; returns the folder of these files.
 
@@ -187,7 +187,7 @@ _WRITERS: dict[str, Callable[[FinishedRun, Path, Tensor, Tensor], Exported]] = {
 }
 
 
-def add_onnx(folder: str | Path, samples: int = 256) -> dict[str, Any]:
+def add_onnx(folder: str | Path, samples: int = 64) -> dict[str, Any]:
     """Write model.onnx beside the network of every seed of a finished run, unless it is there, and list it in result.json, under "files" of
     every run, and in the report; returns result.json's content. Where it cannot be written, one line of the log says why."""
     folder = Path(folder)
