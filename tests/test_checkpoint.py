@@ -11,11 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qprune import CheckpointError, Policy, SearchSpace, convert, cost, load, prepare, save
+from qprune._version import __version__
 from qprune.checkpoint import policy_of
+from qprune.convert import converted
 from qprune.cost import geometry_of
 from qprune.tasks import models
 
@@ -191,6 +194,40 @@ def test_truncated(keep: int, saved: bytes, tmp_path: Path) -> None:
     path.write_bytes(saved[:keep])
     with pytest.raises(CheckpointError, match="not a safetensors file, or damaged"):
         load(path, build)
+
+
+def test_truncated_at_every_kind_of_place(saved: bytes, tmp_path: Path) -> None:
+    """In the length of the header, around its ends, and at the ends of tensors."""
+    start = 8 + int.from_bytes(saved[:8], "little")
+    header = json.loads(saved[8:start])
+    ends = [start + entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    places = {1, 7, 8, 9, start // 2, start - 1, start, start + 1, *ends, *(end - 1 for end in ends)} - {len(saved)}
+    path = tmp_path / "net"
+    for place in sorted(places):
+        path.write_bytes(saved[:place])
+        with pytest.raises(CheckpointError, match="not a safetensors file, or damaged"):
+            load(path, build)
+
+
+def test_files_of_format_1(tmp_path: Path) -> None:
+    """As versions before removal wrote them: pruned filters as zeros, and nothing said about them."""
+    policy, spaces = policy_of(final_model()), SPACES["lsq-per-filter"]
+    old = converted(build(), policy, spaces, None).eval()
+    old(X)
+    save(old, tmp_path / "net")
+    with_header(tmp_path / "net", lambda h: h.pop("library"))
+    with safe_open(tmp_path / "net", "pt") as file:
+        assert file.metadata()["version"] == "1" and "removal" not in file.metadata()
+    again = load(tmp_path / "net", build).eval()
+    assert torch.equal(again(X), old(X))
+    assert again.state_dict().keys() == old.state_dict().keys()
+    assert [len(p) for p in again.parameters() if p.dim()] == [len(p) for p in old.parameters() if p.dim()]
+
+
+def test_files_tell_who_wrote_them(saved: bytes) -> None:
+    header = json.loads(saved[8 : 8 + int.from_bytes(saved[:8], "little")])["__metadata__"]
+    assert (header["version"], header["library"], json.loads(header["removal"])) == ("2", __version__, {"removed": True, "round_to": 1})
+    assert json.loads(header["policy"])["geometry"]["groups"]
 
 
 class Bomb:
