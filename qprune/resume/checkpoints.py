@@ -75,7 +75,7 @@ class Checkpoints:
 
     def last(self) -> Path | None:
         """The newest file."""
-        return max(self.folder.glob("*.safetensors"), default=None)
+        return max(self.folder.glob("*.safetensors"), key=lambda path: path.stem, default=None)
 
     def clear(self) -> None:
         """Remove the folder."""
