@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -206,4 +207,8 @@ def _fix_codes(layer: Quantizing, factor: Tensor, negative: bool) -> Tensor:
     new.scale = codes.scale.to(factor.dtype) * (factor if negative else factor.abs())
     new.kept = old.kept
     layer.weight_quantizer = new
+    if weight.dtype == torch.float32:
+        # codes times the new scales bit for bit, as a packed file gives it back
+        exact = replace(codes, scale=codes.scale * factor, floats=None).values()
+        weight = torch.where((codes.steps > 0).view(column), exact, weight)
     return weight

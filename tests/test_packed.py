@@ -15,6 +15,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lookalikes import build as lookalike
+from lookalikes.policies import X as IMAGES
+from lookalikes.policies import outputs, prepared, random_policy
 from safetensors.torch import save_file
 from torch import nn
 
@@ -127,6 +130,32 @@ def test_pruned_networks(name: str, space: dict[str, Any], remove: bool, tmp_pat
     expected = -(-int(cost(policy).size_bits) // 8)
     # where pruned channels stay, a grid with a zero also codes the weights that read them
     assert parts.codes > expected if not (remove or space) else parts.codes == expected
+
+
+@pytest.mark.parametrize("name", ["resnext", "densenet", "mobilenet_v3", "unet", "shared"])
+def test_networks_of_other_wirings(name: str, tmp_path: Path) -> None:
+    mixed = prepared(name).float().eval()
+    policy = random_policy(mixed, 3)
+    final = convert(mixed, policy).eval()
+    parts = save_packed(final, tmp_path / "net.packed")
+    again = load_packed(tmp_path / "net.packed", lambda: lookalike(name))
+    assert parts.total == (tmp_path / "net.packed").stat().st_size
+    assert all(torch.equal(y, other) for y, other in zip(outputs(again, IMAGES), outputs(final, IMAGES), strict=True))
+    found = qprune.verify(again, [IMAGES], strict=True)
+    assert any(row.status == "integer" and row.error > 0 for row in found.layers)
+
+
+@pytest.mark.parametrize("negative", [True, False])
+def test_folded_networks(negative: bool, tmp_path: Path) -> None:
+    build = NETWORKS["resnet8"]
+    final = final_model(build, (1, 2, 3, 8, 32), (4, 8), weight_quantizer="symmetric")
+    with torch.no_grad():
+        final.bn1.weight[::3] *= -1
+    folded = qprune.fold(final, X, negative_scales=negative)
+    again, parts = round_trip(folded, build, tmp_path / "net.packed")
+    assert sum(isinstance(module, nn.BatchNorm2d) for module in again.modules()) == 0
+    assert parts.codes == -(-int(cost(final).size_bits) // 8)
+    assert qprune.verify(again, [X]).ok
 
 
 UNITS: dict[str, dict[str, Any]] = {
