@@ -14,8 +14,7 @@ import yaml
 
 import qprune
 from qprune.cost import cost
-from qprune.errors import CheckpointError, NonFiniteError
-from qprune.experiment import Experiment
+from qprune.errors import CheckpointError
 from qprune.geometry import Geometry, trace_geometry
 from qprune.options import OptionError, RunOptions
 from qprune.policy import LayerBits, Policy
@@ -189,7 +188,7 @@ def test_same_seed_same_result(tmp_path: Path) -> None:
 
 def test_a_folder_is_not_overwritten_unasked(finished: tuple[Path, dict[str, Any], Silent]) -> None:
     folder, _, _ = finished
-    with pytest.raises(CheckpointError, match="already holds a run; choose another folder, or pass --overwrite"):
+    with pytest.raises(CheckpointError, match="already holds a run; go on with it"):
         open_folder(folder, overwrite=False)
 
 
@@ -197,17 +196,3 @@ def test_unwritable_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot write"):
         run(tiny(), tmp_path / "file" / "run", Silent())
-
-
-def test_non_finite_loss_keeps_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from safetensors.torch import load_file
-
-    task = data.load("digits")
-    task.train.x[500:] = math.nan
-    experiment = Experiment(tiny(lr=0.01), task, 0, tmp_path, Silent())
-    with pytest.raises(
-        NonFiniteError, match=r"at step \d+: first non-finite output in layer 'conv1'.*the last good state is in .*checkpoint"
-    ):
-        experiment.run()
-    kept = load_file(tmp_path / "checkpoint.safetensors")
-    assert kept and all(bool(torch.isfinite(value).all()) for value in kept.values())
