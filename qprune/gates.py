@@ -129,6 +129,7 @@ class TiedGate(Gate):
         device = prune.logits.device
         super().__init__(len(pruned), len(channels), device)
         self.columns, self.channels, self.prune = tuple(pruned), tuple(channels), prune
+        self.in_order = self.channels == tuple(range(prune.logits.size(0)))
         self.register_buffer("pruned", torch.tensor(self.columns, device=device), persistent=False)
         self.register_buffer("index", torch.tensor(self.channels, device=device), persistent=False)
 
@@ -140,7 +141,7 @@ class TiedGate(Gate):
 
     def shared(self, p: Tensor) -> Tensor:
         """Of every candidate, the probability of its kind [C, K], from `prune`'s p."""
-        p = p[self.index]
+        p = p if self.in_order else p[self.index]
         return torch.where(self.pruned, p[:, :1], p[:, 1:])
 
     def within(self) -> Tensor:
