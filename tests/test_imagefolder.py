@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +220,34 @@ def test_passes_depend_on_the_seed_alone(tmp_path: Path) -> None:
     plain = load(root, augment=False)
     a, b = (list(plain.loader("train", 27, torch.Generator().manual_seed(0), augment=augment)) for augment in (True, False))
     assert same(a, b)
+
+
+def test_workers_are_not_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = imagefolder.Files.image
+
+    def interrupted(self: imagefolder.Files, index: int) -> Any:
+        assert torch.utils.data.get_worker_info() is not None
+        os.kill(os.getpid(), signal.SIGINT)
+        return read(self, index)
+
+    task = load(tree(tmp_path, train=4, val=2), workers=1)
+    monkeypatch.setattr(imagefolder.Files, "image", interrupted)
+    assert sum(len(y) for _, y in batches(task, "train", seed=0)) == len(task.train)
+
+
+def test_batches_on_a_device(tmp_path: Path) -> None:
+    task = load(tree(tmp_path, train=4, val=2)).to("meta")
+    for part in (task.train, task.train_halves()[0], task.test):
+        assert all(x.device.type == y.device.type == "meta" for x, y in task.loader(part, 4, torch.Generator()))
+    assert task.example().device.type == "meta"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_batches_on_a_gpu_are_those_of_the_cpu(tmp_path: Path) -> None:
+    task = load(tree(tmp_path, train=20, val=2), workers=1)
+    here, there = batches(task, "train", seed=0), batches(task.to("cuda"), "train", seed=0)
+    assert all(x.device.type == "cuda" for x, _ in there)
+    assert all(torch.allclose(x, u.cpu(), atol=1e-6) and torch.equal(y, v.cpu()) for (x, y), (u, v) in zip(here, there, strict=True))
 
 
 def remove_birch(root: Path) -> None:

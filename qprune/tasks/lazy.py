@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -174,6 +175,7 @@ class ImageLoader:
             batch_size=None,
             num_workers=self.part.workers,
             collate_fn=_as_it_is,
+            worker_init_fn=_leave_signals_to_the_parent,
             generator=torch.Generator(),  # else a pass would take a number from the global one
             pin_memory=torch.device(self.part.device).type == "cuda",
         )
@@ -186,6 +188,12 @@ class ImageLoader:
                 self.part.damage.add(name, reason)
             if len(y):
                 yield x, y
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """A terminal interrupts all processes, but the parent decides when the workers end, with SIGTERM if they do not by themselves."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _as_it_is(item: Any) -> Any:
