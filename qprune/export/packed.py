@@ -11,6 +11,9 @@ The file is a safetensors file. What it holds, in this order of `PackedSizes`:
     header     policy and geometry (JSON, deflated), and safetensors' own
 
 A SHA-256 over all of it tells a damaged file.
+
+`codes` are as many bits as `cost` counts for the policy. There are more in a file of a network that was converted with remove=False, where
+weights that read pruned channels stay; and none for filters at 0 bits that a grouped convolution or round_to keeps, which `cost` counts.
 """
 
 from __future__ import annotations
@@ -30,25 +33,20 @@ from torch import Tensor, nn
 
 from qprune.bitstream import Array, BitReader, BitWriter
 from qprune.checkpoint import read, rebuild, structure_of
-from qprune.clustering import points_on_line
-from qprune.codes import weight_codes
 from qprune.errors import CheckpointError, InputError
+from qprune.export.streams import STREAMS, read_layer, to_numpy, write_codebook, write_quantized
 from qprune.files import write_atomically
 from qprune.geometry import weighted_layers
-from qprune.masks import Index, read_mask, write_mask
+from qprune.masks import Index
 from qprune.modes import kept_modes
 from qprune.nn.codebook import CodebookLayer
 from qprune.nn.quantizing import Quantizing
-from qprune.quantizers import StoredUniqWeightQuantizer, StoredWeightQuantizer
 from qprune.record import unwrap
-from qprune.space import FLOAT, PRUNED
-from qprune.stored import stored
 
 FORMAT = 1
 MAGIC = "qprune-packed"
 _CHECKSUM = "packed.sha256"
 INDEXES = ("plain", "entropy")
-_STREAMS = ("codes", "index", "codebooks", "scales")
 _MOST_HEADER = 1 << 28  # bytes of JSON: a file may claim more, but no network needs it
 
 
@@ -72,7 +70,8 @@ class PackedSizes:
 def save_packed(model: nn.Module, path: str | Path, index: str = "entropy") -> PackedSizes:
     """Write a converted (or float) network with its weights as packed codes, atomically, and say where the bytes go.
 
-    index  how masks of layers with codebooks are written: "plain", one bit per weight, or "entropy", the shortest that qprune.masks knows
+    index  how masks of layers with codebooks are written: "plain", one bit per weight, or "entropy", the shortest that qprune.masks knows,
+           which takes about a second per million weights
 
     Codes and scales are exact: the network that `load_packed` reads computes bit for bit the same in eval mode. Latent weights are not
     kept: to train on, use `qprune.save`. Raises CheckpointError for a model that is still being searched, for quantized layers that are not
@@ -82,18 +81,18 @@ def save_packed(model: nn.Module, path: str | Path, index: str = "entropy") -> P
         raise InputError(f"save_packed: index is one of {', '.join(INDEXES)}, got {index!r}")
     inner = unwrap(model)
     structure: dict[str, Any] = dict(structure_of(model))
-    streams = {name: BitWriter() for name in _STREAMS}
+    streams = {name: BitWriter() for name in STREAMS}
     with kept_modes(inner), torch.no_grad():
         inner.eval()
         books = {}
         packed = dict(_packed_layers(inner))
         for name, layer in packed.items():
             if isinstance(layer, CodebookLayer):
-                books[name] = _write_codebook(layer, streams, index == "entropy")
+                books[name] = write_codebook(layer, streams, index == "entropy")
             elif isinstance(layer, Quantizing):
-                _write_quantized(name, layer, streams)
+                write_quantized(name, layer, streams)
             else:
-                streams["codes"].write_floats(_numpy(layer.weight))
+                streams["codes"].write_floats(to_numpy(layer.weight))
     if books:
         structure["books"] = books
     state = {f"state.{name}": value.detach().cpu().contiguous().clone() for name, value in _rest(inner, set(packed.values())).items()}
@@ -129,12 +128,12 @@ def load_packed(path: str | Path, build: Callable[[], nn.Module]) -> nn.Module:
     except (TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"cannot read {path}: its header is damaged ({type(error).__name__}: {error})") from None
     model = rebuild(structure, build, path).eval()
-    streams = {name: BitReader(_stream(tensors.pop(f"packed.{name}", None))) for name in _STREAMS}
+    streams = {name: BitReader(_stream(tensors.pop(f"packed.{name}", None))) for name in STREAMS}
     try:
         with torch.no_grad():
             packed = dict(_packed_layers(model, tensors))
             for name, layer in packed.items():
-                _read_layer(name, layer, streams, books)
+                read_layer(name, layer, streams, books)
             for stream in streams.values():
                 stream.finish()
             _fill(_rest(model, set(packed.values())), tensors)
@@ -218,117 +217,3 @@ def _fill(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None
         if value.is_floating_point() != target.is_floating_point():
             raise CheckpointError(f"{name} is {value.dtype} in the file, {target.dtype} here")
         target.data = value.to(target.device)
-
-
-def _numpy(value: Tensor) -> Array:
-    return value.detach().cpu().contiguous().numpy()
-
-
-def _places(layer: Quantizing) -> Iterator[tuple[int, Array]]:
-    """(width, the weights [F, …] that have it, bool), ascending, without 0 bits and without weights that read what nobody produces."""
-    bits = np.asarray(layer.w_bits).reshape(-1, *[1] * (layer.weight.dim() - 1))
-    kept = layer.weight_quantizer.kept
-    there = np.broadcast_to(True if kept is None else _numpy(kept), layer.weight.shape)
-    for width in sorted(set(layer.w_bits) - {PRUNED}):
-        yield width, there & (bits == width)
-
-
-def _write_quantized(name: str, layer: Quantizing, streams: Mapping[str, BitWriter]) -> None:
-    for key, value in (("weight", layer.weight), ("input range", layer.input_quantizer.log_range)):
-        if value.dtype != torch.float32:
-            raise CheckpointError(f"save_packed: the {key} of layer {name!r} is {value.dtype}, expected float32: call model.float()")
-    if layer.weight_quantizer.kind == "uniq":
-        _write_quantiles(name, layer, streams)
-    else:
-        codes = weight_codes(layer)
-        levels, floats = _numpy(codes.levels), None if codes.floats is None else _numpy(codes.floats)
-        for width, places in _places(layer):
-            if width == FLOAT:
-                assert floats is not None
-                streams["codes"].write_floats(floats[places])
-            else:
-                streams["codes"].write(levels[places], width)
-        streams["scales"].write_floats(_numpy(codes.scale))
-    streams["scales"].write_floats(_numpy(layer.input_quantizer.log_range))
-
-
-def _write_quantiles(name: str, layer: Quantizing, streams: Mapping[str, BitWriter]) -> None:
-    """Codes of "uniq" weights are the ranks of their values among those that the layer has at this width."""
-    weight = _numpy(layer.weight_quantizer(layer.weight, layer.one_hot))
-    if np.isnan(weight).any():
-        raise CheckpointError(f"save_packed: the weight of layer {name!r} is NaN; codes cannot say so")
-    for width, places in _places(layer):
-        if width == FLOAT:
-            streams["codes"].write_floats(weight[places])
-            continue
-        values, codes = np.unique(weight[places], return_inverse=True)
-        streams["codes"].write(codes, width)
-        streams["codebooks"].write_floats(np.pad(values, (0, 2**width - values.size), mode="edge"))
-
-
-def _write_codebook(layer: CodebookLayer, streams: Mapping[str, BitWriter], entropy: bool) -> tuple[list[Any], int]:
-    """Its index, and how many numbers describe its codebook."""
-    coded, mask = stored(layer), layer.mask.flatten()
-    assert coded.mask is not None
-    index = write_mask(_numpy(coded.mask), streams["index"], entropy)
-    streams["codes"].write(_numpy(layer.codes().flatten()[mask]), layer.w_bits)
-    values = _numpy(layer.codebook.float())
-    ends = values[[0, -1]]
-    numbers = ends if layer.linear and np.array_equal(points_on_line(float(ends[0]), float(ends[1]), values.size), values) else values
-    streams["codebooks"].write_floats(numbers)
-    return index.to_json(), numbers.size
-
-
-def _read_layer(name: str, layer: Any, streams: Mapping[str, BitReader], books: Mapping[str, tuple[Index, int]]) -> None:
-    if isinstance(layer, CodebookLayer):
-        if name not in books:
-            raise CheckpointError(f"the header has no index for layer {name!r}")
-        _read_codebook(name, layer, streams, *books[name])
-    elif isinstance(layer, Quantizing):
-        _read_quantized(layer, streams)
-    else:
-        layer.weight.copy_(_like(layer.weight, streams["codes"].read_floats(layer.weight.numel())))
-
-
-def _like(target: Tensor, values: Array) -> Tensor:
-    return torch.from_numpy(values).view(target.shape)
-
-
-def _read_quantized(layer: Quantizing, streams: Mapping[str, BitReader]) -> None:
-    old, filters = layer.weight_quantizer, layer.weight.size(0)
-    codes = [(width, places, streams["codes"].read(int(places.sum()), width)) for width, places in _places(layer)]
-    weight = np.zeros(layer.weight.shape, np.float32)
-    quantizer: StoredWeightQuantizer | StoredUniqWeightQuantizer
-    if old.kind == "uniq":
-        quantizer = StoredUniqWeightQuantizer(old.bits)
-        for width, places, levels in codes:
-            weight[places] = levels.view(np.float32) if width == FLOAT else streams["codebooks"].read_floats(2**width)[levels]
-    else:
-        quantizer = StoredWeightQuantizer(old.kind, old.bits, filters)
-        scale = streams["scales"].read_floats(filters)
-        quantizer.scale.copy_(torch.from_numpy(scale))
-        per_filter = np.broadcast_to(scale.reshape(-1, *[1] * (layer.weight.dim() - 1)), layer.weight.shape)
-        zero_point = dict(zip(quantizer.bits, quantizer.zero_point, strict=True))
-        for width, places, levels in codes:
-            signed = levels.astype(np.float32) - np.float32(zero_point[width])
-            weight[places] = levels.view(np.float32) if width == FLOAT else signed * per_filter[places]
-    quantizer.kept = old.kept
-    layer.weight = nn.Parameter(torch.empty_like(layer.weight).copy_(torch.from_numpy(weight)), requires_grad=False)
-    layer.weight_quantizer = quantizer.train(layer.training)
-    target = layer.input_quantizer.log_range
-    target.copy_(_like(target, streams["scales"].read_floats(target.numel())))
-
-
-def _read_codebook(name: str, layer: CodebookLayer, streams: Mapping[str, BitReader], index: Index, numbers: int) -> None:
-    n, filters, size = layer.weight.numel(), layer.weight.size(0), 2**layer.w_bits
-    if index.entries not in (n, filters) or numbers not in (2, size):
-        raise CheckpointError(f"layer {name} has an index of {index.entries} entries and a codebook of {numbers} numbers in the file")
-    mask = np.repeat(read_mask(index, streams["index"]), n // index.entries)
-    codes = streams["codes"].read(int(mask.sum()), layer.w_bits)
-    values = streams["codebooks"].read_floats(numbers)
-    values = values if numbers == size else points_on_line(float(values[0]), float(values[1]), size)
-    weight = np.zeros(n, np.float32)
-    weight[mask] = values[codes]
-    layer.codebook.copy_(torch.from_numpy(values))
-    layer.mask.copy_(_like(layer.mask, mask))
-    layer.weight.copy_(_like(layer.weight, weight))
