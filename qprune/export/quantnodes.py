@@ -20,7 +20,6 @@ from qprune.quantizers import InputQuantizer, WeightQuantizer
 from qprune.space import FLOAT, PRUNED
 
 Kind = TypeVar("Kind", int, tuple[int, bool])
-_LEAST = 1.1754943508222875e-38  # the smallest normal float32
 
 
 class Quant(nn.Module):
@@ -80,7 +79,7 @@ class Bipolar(nn.Module):
         self.quant = Quant(scale, 1, signed=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.quant(x - _LEAST)  # type: ignore[no-any-return]
+        return self.quant(torch.where(x > 0, x, -1.0))  # type: ignore[no-any-return]
 
 
 class QuantRectifier(nn.Module):
