@@ -218,14 +218,20 @@ class Bessel(nn.Module):
         return torch.special.i1(x)
 
 
+class OwnBatch(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.ones(2, 1, 1, 1)
+
+
 @pytest.mark.parametrize(
     ("model", "error"),
     [
+        (OwnBatch, "dynamic_batch=False"),
         (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), Bessel()), r"prims::bessel_i1 \(in module 1\)"),
         (lambda: qprune.prepare(Wired(), qprune.SearchSpace()), r"stem.*MixedConv2d.*convert"),
         (lambda: Wired().double(), r"stem\.weight is torch\.float64.*float\(\)"),
     ],
-    ids=["operator", "searched", "float64"],
+    ids=["batch", "operator", "searched", "float64"],
 )
 def test_what_cannot_be_exported_is_named(model: Any, error: str, tmp_path: Path) -> None:
     path = tmp_path / "net.onnx"

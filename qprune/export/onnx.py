@@ -59,7 +59,10 @@ def export_onnx(
     copy = deployed(model, parts)
     opset = opset or max((OPSETS[width] for width in parts.used), default=OPSETS[8])
     inputs, shapes = any_batch(example_inputs) if dynamic_batch else (example_inputs, None)
-    made = ir.from_proto(to_onnx(copy, inputs, opset, shapes, {} if output_names is None else {"output_names": output_names}))
+    names = {} if output_names is None else {"output_names": output_names}
+    made = ir.from_proto(to_onnx(copy, inputs, opset, shapes, names))
+    if dynamic_batch and not any(value.shape is not None and not value.shape.is_static() for value in made.graph.inputs):
+        raise ExportError("this network computes with the batch size of its example; dynamic_batch=False fixes it")
     narrow(made)
     add_barriers(made)
     return finish(made, Path(path), {"qprune.policy": json.dumps(json.loads(policy_of(model).to_json())["layers"])})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from qprune._version import __version__
-from qprune.errors import ExportError
+from qprune.errors import ExportError, InputError
 from qprune.files import write_atomically
 from qprune.geometry import ExampleInputs
 
@@ -26,6 +26,9 @@ BATCH = "batch"
 def any_batch(example_inputs: ExampleInputs) -> tuple[ExampleInputs, Any]:
     """Example inputs that torch.export takes for a batch of any size, and their dynamic shapes: the first dimension of every tensor that
     has as many entries there as the first one. A batch of 1 is doubled, since torch.export takes it for a constant."""
+    if not isinstance(example_inputs, Tensor | Mapping | Sequence) or isinstance(example_inputs, str):
+        kind = type(example_inputs).__name__
+        raise InputError(f"example_inputs: expected a tensor, a tuple of arguments or a dict of keywords, got {kind}")
     inputs = dict(example_inputs) if isinstance(example_inputs, Mapping) else example_inputs
     inputs = inputs if isinstance(inputs, Tensor | dict) else tuple(inputs)
     size = next((value.size(0) for value in tree_leaves(inputs) if isinstance(value, Tensor) and value.dim()), 0)
