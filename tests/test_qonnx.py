@@ -94,10 +94,7 @@ def quants(path: Path) -> list[tuple[int, int, int]]:
     return found
 
 
-@pytest.mark.parametrize(
-    ("name", "bits", "per_filter"),
-    [("lenet5", BITS, True), ("resnet8", (0, 3, 5, 32), True), ("resnet8", BITS, False), ("mobilenet", BITS, False)],
-)
+@pytest.mark.parametrize(("name", "bits", "per_filter"), [("lenet5", BITS, True), ("resnet8", (0, 3, 32), True), ("resnet8", BITS, False)])
 def test_networks_and_their_cost(name: str, bits: tuple[int, ...], per_filter: bool, tmp_path: Path) -> None:
     x = inputs(2, 1, 16, 16)
     final = converted(lambda: models.for_task(name, Images()), x, bits, per_filter)
@@ -107,7 +104,7 @@ def test_networks_and_their_cost(name: str, bits: tuple[int, ...], per_filter: b
     assert counted(tmp_path / "net.onnx") == qprune.cost(final).bops
 
 
-@pytest.mark.parametrize(("kind", "split_widths"), [("lsq", False), ("symmetric", True), ("dorefa", True), ("dorefa", False)])
+@pytest.mark.parametrize(("kind", "split_widths"), [("lsq", False), ("symmetric", True), ("dorefa", True)])
 def test_grids_and_masked_filters(kind: str, split_widths: bool, tmp_path: Path) -> None:
     x = inputs(2, 1, 6, 6)
     final = converted(Small, x, (0, 1, 3, 32), remove=False, weight_quantizer=kind)
@@ -116,23 +113,20 @@ def test_grids_and_masked_filters(kind: str, split_widths: bool, tmp_path: Path)
 
 
 def test_one_grid_for_the_layer(tmp_path: Path) -> None:
-    x = inputs(4, 1, 6, 6)
-    final = converted(Small, x, (1, 3, 8), scales="layer")
+    x = inputs(2, 1, 6, 6)
+    final = converted(Small, x, (1, 3, 8), per_filter=False, scales="layer")
     expected, found = outputs(final, tmp_path / "net.onnx", x)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_what_the_file_says_of_every_grid(tmp_path: Path) -> None:
-    path = tmp_path / "net.onnx"
-    for kind, expected in (("lsq", (4, 1, 0)), ("symmetric", (4, 1, 1)), ("dorefa", (5, 1, 1))):
-        export_qonnx(QuantConv2d(2, 3, 3, w_bits=4, a_bits=32, weight_quantizer=kind), path, inputs(1, 2, 5, 5))
-        assert quants(path) == [expected]
-    signed, unsigned = QuantLinear(3, 2, w_bits=1, a_bits=6), QuantLinear(3, 2, w_bits=1, a_bits=6)
-    signed.input_quantizer.calibrate(inputs(8, 3))
-    unsigned.input_quantizer.calibrate(inputs(8, 3).abs())
-    for layer, expected in ((signed, (6, 1, 0)), (unsigned, (6, 0, 0))):
-        export_qonnx(layer, path, inputs(1, 3))
-        assert sorted(quants(path)) == [(1, 1, 0), expected]
+    layers = [QuantLinear(3, 3, w_bits=4, a_bits=32, weight_quantizer=kind) for kind in ("lsq", "symmetric", "dorefa")]
+    layers += [QuantLinear(3, 3, w_bits=1, a_bits=7), QuantLinear(3, 3, w_bits=1, a_bits=6)]
+    layers[3].input_quantizer.calibrate(inputs(8, 3))
+    layers[4].input_quantizer.calibrate(inputs(8, 3).abs())
+    export_qonnx(nn.Sequential(*layers), tmp_path / "net.onnx", inputs(1, 3))
+    weights, activations = [(4, 1, 0), (4, 1, 1), (5, 1, 1), (1, 1, 0), (1, 1, 0)], [(7, 1, 0), (6, 0, 0)]
+    assert sorted(quants(tmp_path / "net.onnx")) == sorted(weights + activations)
 
 
 def test_without_splitting_the_widest_filter_counts(tmp_path: Path) -> None:
@@ -153,7 +147,7 @@ def test_half_integer_levels_count_one_bit_more(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["pact", "lsq+"])
-@pytest.mark.parametrize("bits", [1, 2, 5])
+@pytest.mark.parametrize("bits", [1, 5])
 def test_signed_inputs(kind: str, bits: int, tmp_path: Path) -> None:
     x = inputs(4, 1, 6, 6)
     x[:, :, 2] = 0  # one signed bit has no level there
@@ -166,9 +160,9 @@ def test_signed_inputs(kind: str, bits: int, tmp_path: Path) -> None:
 
 def test_an_input_of_0_bits_and_padding_that_is_not_zero(tmp_path: Path) -> None:
     x = inputs(2, 1, 6, 6)
-    for layer in (QuantConv2d(1, 3, 3, a_bits=0), QuantConv2d(1, 3, 3, w_bits=(2, 4, 0), padding=1, padding_mode="reflect")):
-        expected, found = outputs(layer.eval(), tmp_path / "net.onnx", x)
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    layers = (QuantConv2d(1, 3, 3, w_bits=(2, 4, 0), padding=1, padding_mode="reflect"), nn.Flatten(2), QuantLinear(36, 2, a_bits=0))
+    expected, found = outputs(nn.Sequential(*layers).eval(), tmp_path / "net.onnx", x)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["nice", "pact", "uniq"])
@@ -212,7 +206,8 @@ def test_what_else_the_file_says(tmp_path: Path) -> None:
     assert (made.producer_name, made.producer_version) == ("qprune", qprune.__version__)
     assert {item.key for item in made.metadata_props} == {"qprune.policy"}
     assert made.opset_import[0].domain == "" and made.ir_version <= 10
-    assert all(value.type.tensor_type.shape.dim[0].dim_value for value in (*made.graph.value_info, *made.graph.input, *made.graph.output))
+    known = (*made.graph.value_info, *made.graph.input, *made.graph.output)
+    assert all(dim.dim_value for value in known for dim in value.type.tensor_type.shape.dim)
     assert str(Path.cwd()).encode() not in path.read_bytes()
 
 
