@@ -85,6 +85,7 @@ class Experiment:
     recipe       None: that of the options' method
     checkpoints  where phases leave their state, and find it if they were run before; None: nowhere
     meter        what the phases took
+    restored     the phases that were over before, and are not run again
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Experiment:
         checkpoints: Checkpoints | None = None,
     ) -> None:  # fmt: skip
         self.checkpoints = checkpoints
+        self.restored: set[str] = set()
         self.options, self.task, self.seed, self.folder, self.watcher = options, task, seed, folder, watcher
         self.example = task.example()
         self.meter = Meter()
@@ -102,7 +104,8 @@ class Experiment:
         """All phases, or those that are left. Writes policy.json and model.safetensors; returns this seed's entry of result.json.
 
         What is no phase (making a network searchable, choosing the policy, converting) is cheap and always done again, from the same
-        numbers. Raises NonFiniteError and OutOfMemoryError as qprune.resume.failures tells, Stopped if the checkpoints were asked to stop.
+        What is no phase (making a network searchable, converting) is cheap and always done again, from the same numbers. Raises
+        NonFiniteError and OutOfMemoryError as qprune.resume.failures tells, Stopped if the checkpoints were asked to stop.
         """
         seed_all(self.seed)
         options = self.options
@@ -134,8 +137,12 @@ class Experiment:
     def searched(self, net: nn.Module) -> tuple[Search, Policy, nn.Module]:
         """Search from the float network, which does not change, and fine-tune what comes out. Writes policy.json."""
         search = self._search(net)
-        policy = search.policy()
-        policy.save(self.folder / "policy.json")
+        path = self.folder / "policy.json"
+        if "search" in self.restored and path.exists():
+            policy = Policy.load(path)
+        else:
+            policy = search.policy()
+            policy.save(path)
         final = self.recipe.finish(search, policy, self.batches())
         self.train("finetune", final, self.options.finetune_epochs, self.options.finetune_lr)
         return search, policy, final
@@ -222,7 +229,10 @@ class Experiment:
             trainer.fit(loader, val_loader=self.task.loader("val", 256), progress=on_step, on_epoch=on_epoch, passes=phase)
 
     def _phase(self, name: str, net: nn.Module, loop: Trainer | Search, needed: bool = False) -> Phase:
-        return Phase(name, net, loop, self.generator, self.meter, self.folder, self.checkpoints, needed)
+        phase = Phase(name, net, loop, self.generator, self.meter, self.folder, self.checkpoints, needed)
+        if phase.ended:
+            self.restored.add(name)
+        return phase
 
     def _watch(self, phase: Phase, steps: int) -> None:
         if phase.done:

@@ -24,7 +24,9 @@ from qprune import Budget, SearchSpace, cli, prepare
 from qprune.console import Bars
 from qprune.errors import CheckpointError, NonFiniteError, OutOfMemoryError
 from qprune.files import write_atomically
+from qprune.resume.checkpoints import Checkpoints
 from qprune.resume.hidden import hidden_state, load_hidden_state
+from qprune.resume.phase import Phase
 from qprune.resume.randomness import restore, seed_all, snapshot
 from qprune.resume.signals import Stop
 from qprune.resume.statefile import read_state, write_state
@@ -138,6 +140,17 @@ def test_a_loss_that_is_not_finite(phase: str, last: str, tmp_path: Path, monkey
     assert {name: place[name] for name in ("phase", "seed", "epoch", "batch", "step", "layer")} == {
         "phase": phase, "seed": "0", "epoch": "0", "batch": "2", "step": "2", "layer": "conv1",
     }  # fmt: skip
+
+
+def test_states_that_are_not_finite_are_not_kept(tmp_path: Path) -> None:
+    net, meter = small_network(), Meter()
+    phase = Phase("float", net, Trainer(net, 1), torch.Generator(), meter, tmp_path, Checkpoints(tmp_path / "states"))
+    with meter.phase("float"):
+        phase.epoch()
+        net.bn1.running_mean[0] = math.inf
+        phase.checkpoints.steps = 5
+        phase.epoch()
+    assert [path.stem for path in (tmp_path / "states").iterdir()] == ["000000000-float"]
 
 
 class Rooted(nn.Module):
