@@ -140,6 +140,11 @@ class RunOptions:
 
 def check_sources(options: Sources) -> None:
     """Raises OptionError for data and networks that have neither a known name nor the form of one; imports and opens nothing."""
+    for name, text in (("data", options.data), ("data_dir", options.data_dir), ("model", options.model), ("weights", options.weights)):
+        if not isinstance(text, str):
+            raise OptionError(f"{name}: expected a name, got {text!r}")
+    if not isinstance(options.data_options, Mapping) or not all(isinstance(key, str) for key in options.data_options):
+        raise OptionError(f"data_options: expected names and values, got {options.data_options!r}")
     for name, value, known in (("data", options.data, data), ("model", options.model, models)):
         if not known.is_known(value):
             raise OptionError(f"{name}: {value!r} is unknown; expected one of {', '.join(known.forms())}")

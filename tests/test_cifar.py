@@ -208,8 +208,17 @@ def test_options(tmp_path: Path, contents: dict[str, bytes]) -> None:
         load(tmp_path, colour=True)
     with pytest.raises(data.DataError, match="val_fraction must be between 0 and 1, got 1"):
         load(tmp_path, val_fraction=1)
-    with pytest.raises(data.DataError, match="workers must be a number of processes from 0 to 256, got 'two'"):
-        load(tmp_path, workers="two")
+    with pytest.raises(data.DataError, match="workers must be a number of processes from 0 to 256, got -1"):
+        load(tmp_path, workers=-1)
+    for name, value, expected in [
+        ("workers", "two", "a whole number or nothing"),
+        ("workers", True, "a whole number or nothing"),
+        ("augment", "yes", "true or false"),
+        ("val_fraction", [0.1], "a number"),
+        ("directory", 5, "a name"),
+    ]:
+        with pytest.raises(data.DataError, match=rf"data set 'cifar10', option {name}: expected {expected}, got "):
+            load(tmp_path, **{name: value})
 
 
 @pytest.fixture

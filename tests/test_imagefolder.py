@@ -262,9 +262,12 @@ def remove_birch(root: Path) -> None:
         pytest.param(remove_birch, {}, r"train/birch holds no image; known names end in \.jpg", id="empty class"),
         pytest.param(lambda r: (r / "train").rename(r / "other"), {}, "has val, but no folder train", id="no train"),
         pytest.param(lambda r: (r / "val").rename(r / "other"), {}, "has train, but neither val nor test", id="train"),
-        pytest.param(lambda r: None, {"image_size": 4}, "image_size must be a number of pixels from 8 to 4096, got 4", id="size"),
-        pytest.param(lambda r: None, {"max_damaged": -1}, "max_damaged must be a number of images, got -1", id="limit"),
+        pytest.param(
+            lambda r: None, {"image_size": 4}, "expected image_size from 8 to 4096 and max_damaged from 0, got 4 and 10", id="size"
+        ),
+        pytest.param(lambda r: None, {"max_damaged": -1}, "max_damaged from 0, got 16 and -1", id="limit"),
         pytest.param(lambda r: None, {"mean": [0.5]}, r"mean and std must be three numbers each", id="mean"),
+        pytest.param(lambda r: None, {"mean": "dark"}, r"option mean: expected a list, each a number, got 'dark'", id="mean's type"),
         pytest.param(lambda r: None, {"std": [0.5, 0, 1]}, r"std positive, got", id="std"),
         pytest.param(lambda r: None, {"val_fraction": 0}, "val_fraction must be between 0 and 1, got 0", id="share"),
     ],

@@ -405,6 +405,9 @@ def test_options_that_are_refused(kind: Any) -> None:
         kind(data="nope")
     with pytest.raises(OptionError, match=r"model: 'a b:c' is unknown; expected one of resnet8, .*timm:name, module:function"):
         kind(model="a b:c")
+    for name, value, expected in [("data", 3, "a name"), ("weights", None, "a name"), ("data_options", [1], "names and values")]:
+        with pytest.raises(OptionError, match=f"{name}: expected {expected}, got "):
+            kind(**{name: value})
     with pytest.raises(OptionError, match="float_epochs must be positive, got 0"):
         kind(float_epochs=0)
 

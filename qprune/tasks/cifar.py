@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from .archive import check_md5, read_members
-from .lazy import Images, Normalise, automatic_workers
+from .lazy import Images, Normalise, number_of_workers
 from .order import DataError
 from .task import Task, stratified
-from .vision import checked_workers, shifted_crops
+from .vision import shifted_crops
 
 SIZE, PIXELS = 32, 3 * 32 * 32
 PADDING = 4
@@ -107,13 +107,14 @@ def cifar(
     """
     if not 0 < val_fraction < 1:
         raise DataError(f"{version.name}: val_fraction must be between 0 and 1, got {val_fraction!r}")
-    workers = checked_workers(workers, version.name)
+    processes = number_of_workers(workers, 2, version.name)
     contents = _contents(version, Path(directory), verify)
     train_x, train_y = _joined(version, {name: contents[name] for name in version.train}, version.train, complete)
     test_x, test_y = _joined(version, {name: contents[name] for name in version.test}, version.test, complete)
     transforms = shifted_crops(SIZE, PADDING, version.finish, augment, version.name)
-    processes = (min(2, automatic_workers()) if workers is None else workers) if augment else 0
-    train = Images(Pixels(train_x, f"{version.name}'s training files"), torch.arange(len(train_y)), train_y, transforms, processes)
+    train = Images(
+        Pixels(train_x, f"{version.name}'s training files"), torch.arange(len(train_y)), train_y, transforms, processes if augment else 0
+    )
     test = Images(Pixels(test_x, f"{version.name}'s test file"), torch.arange(len(test_y)), test_y, transforms)
     kept, held_out = stratified(train_y, (1 - val_fraction, val_fraction), seed)
     val = Images(train.reader, held_out, train_y[held_out], transforms)

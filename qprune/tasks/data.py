@@ -9,7 +9,6 @@ for x, y in task.loader("train", 64, generator=torch.Generator().manual_seed(1))
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +18,7 @@ from . import own
 from .cifar import cifar, cifar10, cifar100
 from .digits import digits
 from .imagefolder import imagefolder
+from .keywords import check_keywords
 from .lazy import ImageLoader, Images
 from .task import Batches, DataError, Loader, Part, Split, Task, stratified
 
@@ -55,6 +55,8 @@ def synthetic(
     test: int = 256,
 ) -> Task:
     """Normal noise with random labels, for measuring throughput: nothing can be learnt from it. train, val, test: numbers of images."""
+    if min(in_channels, image_size, num_classes, train, val, test) < 1:
+        raise DataError("synthetic: channels, pixels, classes and numbers of images must be at least 1")
     generator = torch.Generator().manual_seed(seed)
 
     def split(count: int) -> Split:
@@ -98,9 +100,5 @@ def load(name: str, seed: int = 0, **options: Any) -> Task:
         raise DataError(f"unknown data set {name!r}; known: {', '.join(forms())}")
     if name not in _FACTORIES:
         return own.task(name, seed, options)
-    parameters = inspect.signature(_KEYWORDS.get(name, _FACTORIES[name])).parameters
-    known = [key for key, parameter in parameters.items() if parameter.kind is parameter.KEYWORD_ONLY]
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise DataError(f"data set {name!r} has no option {', '.join(unknown)}; its options: {', '.join(known)}")
+    check_keywords(name, _KEYWORDS.get(name, _FACTORIES[name]), options)
     return _FACTORIES[name](seed, **options)

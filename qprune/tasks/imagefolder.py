@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .lazy import Damage, DamagedImageError, Images, Normalise, Transforms, automatic_workers
+from .lazy import Damage, DamagedImageError, Images, Normalise, Transforms, number_of_workers
 from .order import DataError
 from .task import Task
-from .vision import IMAGENET, checked_size, checked_workers, resized_crops
+from .vision import IMAGENET, resized_crops
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp")
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
 """What a file's content may be, whatever its name says: formats that only hold pixels."""
 MAX_PIXELS = 100_000_000
+MAX_SIZE = 4096
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,8 @@ def imagefolder(
     augment: bool = True,
     workers: int | None = None,
     max_damaged: int = 10,
-    mean: tuple[float, ...] = IMAGENET.mean,
-    std: tuple[float, ...] = IMAGENET.std,
+    mean: Sequence[float] = IMAGENET.mean,
+    std: Sequence[float] = IMAGENET.std,
 ) -> Task:
     """3 x image_size x image_size in as many classes as train/ has folders, in the order of their names.
 
@@ -81,16 +83,16 @@ def imagefolder(
     workers    processes that read and augment; None: as many as processors but one, at most 8
     mean, std  of the channels, 0 … 1
     """
-    image_size, workers = checked_size(image_size, "imagefolder"), checked_workers(workers, "imagefolder")
-    if isinstance(max_damaged, bool) or not isinstance(max_damaged, int) or max_damaged < 0:
-        raise DataError(f"imagefolder: max_damaged must be a number of images, got {max_damaged!r}")
+    if not 8 <= image_size <= MAX_SIZE or max_damaged < 0:
+        raise DataError(f"imagefolder: expected image_size from 8 to {MAX_SIZE} and max_damaged from 0, got {image_size} and {max_damaged}")
+    processes = number_of_workers(workers, 8, "imagefolder")
     _pillow()
     root = Path(directory)
     parts = {name: root / name for name in ("train", "val", "test") if (root / name).is_dir()}
     if parts and "train" not in parts:
         raise DataError(f"imagefolder: {root} has {' and '.join(parts)}, but no folder train")
     transforms = resized_crops(image_size, _normalise(mean, std), augment, "imagefolder")
-    place = _Place(transforms, automatic_workers() if workers is None else workers, Damage(max_damaged))
+    place = _Place(transforms, processes, Damage(max_damaged))
     classes = _classes(parts.get("train", root))
     if not parts:
         split = (1 - val_fraction - test_fraction, val_fraction, test_fraction)
@@ -155,10 +157,8 @@ def _images(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def _normalise(mean: tuple[float, ...], std: tuple[float, ...]) -> Normalise:
-    values = [*mean, *std] if isinstance(mean, list | tuple) and isinstance(std, list | tuple) else []
-    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
-    if not (numbers and len(mean) == len(std) == 3 and min(std) > 0):
+def _normalise(mean: Sequence[float], std: Sequence[float]) -> Normalise:
+    if not (len(mean) == len(std) == 3 and min(std) > 0):
         raise DataError(f"imagefolder: mean and std must be three numbers each, std positive, got {mean!r} and {std!r}")
     return Normalise(tuple(mean), tuple(std))
 

@@ -86,9 +86,16 @@ class Damage:
         log.warning("skipped damaged image %d of at most %d: %s: %s", len(self.names), self.limit, name, reason)
 
 
-def automatic_workers() -> int:
-    """One process less than there are processors, at most 8; none where there is one processor."""
-    return min(8, len(os.sched_getaffinity(0)) - 1)
+MAX_WORKERS = 256
+
+
+def number_of_workers(asked: int | None, most: int, what: str) -> int:
+    """What was asked for; for None one process less than there are processors, and at most `most`."""
+    if asked is None:
+        return min(most, len(os.sched_getaffinity(0)) - 1)
+    if not 0 <= asked <= MAX_WORKERS:
+        raise DataError(f"{what}: workers must be a number of processes from 0 to {MAX_WORKERS}, got {asked}")
+    return asked
 
 
 @dataclass(frozen=True, eq=False)

@@ -42,17 +42,3 @@ def resized_crops(size: int, finish: Normalise, augment: bool, what: str) -> Tra
     if not augment:
         return Transforms(plain, plain, finish)
     return Transforms(plain, v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), v2.PILToTensor()]), finish)
-
-
-def checked_size(size: Any, what: str) -> int:
-    """An image size, or DataError."""
-    if isinstance(size, bool) or not isinstance(size, int) or not 8 <= size <= 4096:
-        raise DataError(f"{what}: image_size must be a number of pixels from 8 to 4096, got {size!r}")
-    return size
-
-
-def checked_workers(workers: Any, what: str) -> int | None:
-    """A number of processes, None for the automatic one, or DataError."""
-    if workers is None or (isinstance(workers, int) and not isinstance(workers, bool) and 0 <= workers <= 256):
-        return workers
-    raise DataError(f"{what}: workers must be a number of processes from 0 to 256, got {workers!r}")
