@@ -18,7 +18,7 @@ learn in every step, which the paper leaves open. The cost of a depthwise layer 
 value, doubled in that layer's gradient. Gates in a residual's statistic are constants.
 
 The policy is converted like any other: the stored weight is then w − μ, so that plain "dorefa" quantizers with the range 2 v σ compute the
-same; fine-tuning no longer normalises it. `qprune.silence.silence` makes its pruned filters give zero, as their gates do here.
+same; fine-tuning no longer normalises it. Its pruned filters are gone, as their gates have it here.
 """
 
 from __future__ import annotations
