@@ -21,6 +21,7 @@ PACKAGES = {
     "qprune": "qprune",
     "qprune.nn": "qprune/nn",
     "qprune.recipes": "qprune/recipes",
+    "qprune.resume": "qprune/resume",
     "qprune.quantizers": "qprune/quantizers",
     "qprune.search": "qprune/search",
     "qprune.export": "qprune/export",
