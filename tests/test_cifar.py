@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from qprune.cli import app
 from qprune.tasks import cifar, data
 from qprune.tasks.archive import MARGIN, read_members
+from qprune.tasks.sources import Named, task_of
 from tests import vision_standin
 from tests.cifar_files import archive, contents10, member, records, write
 
@@ -215,10 +216,16 @@ def test_options(tmp_path: Path, contents: dict[str, bytes]) -> None:
         ("workers", True, "a whole number or nothing"),
         ("augment", "yes", "true or false"),
         ("val_fraction", [0.1], "a number"),
-        ("directory", 5, "a name"),
+        ("complete", 1, "true or false"),
     ]:
         with pytest.raises(data.DataError, match=rf"data set 'cifar10', option {name}: expected {expected}, got "):
             load(tmp_path, **{name: value})
+    with pytest.raises(data.DataError, match="option directory: expected a name, got 5"):
+        data.load("cifar10", directory=5)
+    with pytest.raises(data.DataError, match="option seed: expected a whole number, got 'one'"):
+        load(tmp_path, seed="one")
+    with pytest.raises(data.DataError, match="'cifar10' has no option name"):
+        task_of(Named("cifar10", data_options={"name": 1}))
 
 
 @pytest.fixture

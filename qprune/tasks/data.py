@@ -91,13 +91,15 @@ def is_known(name: str) -> bool:
     return name in _FACTORIES or own.is_reference(name)
 
 
-def load(name: str, seed: int = 0, **options: Any) -> Task:
+def load(name: str, /, seed: int = 0, **options: Any) -> Task:
     """Data set `name`; `seed` fixes its split (or its noise), `options` are keywords of its function.
 
     "module:function" calls the user's function; see `qprune.tasks.own`.
     """
     if not is_known(name):
         raise DataError(f"unknown data set {name!r}; known: {', '.join(forms())}")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise DataError(f"data set {name!r}, option seed: expected a whole number, got {seed!r}")
     if name not in _FACTORIES:
         return own.task(name, seed, options)
     check_keywords(name, _KEYWORDS.get(name, _FACTORIES[name]), options)

@@ -43,10 +43,10 @@ class Named:
     weights: str = ""
 
 
-def task_of(options: Sources, seed: int = 0) -> Task:
-    """The data; `seed` draws what is not divided yet."""
+def task_of(options: Sources) -> Task:
+    """The data. What is not divided yet is drawn by seed 0, or by the data option of that name."""
     folder = {"directory": options.data_dir} if options.data_dir else {}
-    return data.load(options.data, seed, **{**folder, **options.data_options})
+    return data.load(options.data, **{**folder, **options.data_options})
 
 
 def network_of(options: Sources, task: Task) -> nn.Module:
