@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator, Sized
 from itertools import islice
 from typing import Any
 
+from qprune.errors import InputError
+
 
 class Passes:
     """Is told where a loop over batches is: who resumes one then sets the random numbers that it goes on with. Does nothing itself."""
@@ -28,7 +30,8 @@ def following(loader: Iterable[Any], done: int) -> Iterator[Any]:
 def endless(loader: Iterable[Any], done: int = 0) -> Iterator[Any]:
     """Passes over `loader`, one after the other, behind the first `done` batches of all. The loader needs a length if any are done."""
     if done:
-        assert isinstance(loader, Sized)
+        if not isinstance(loader, Sized):
+            raise InputError(f"a pass can only go on over a loader with a length, got {type(loader).__name__}")
         passes, done = divmod(done, len(loader))
         for _ in range(passes):
             next(iter(loader))

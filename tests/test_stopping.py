@@ -18,12 +18,14 @@ import torch
 from resume_cases import options, outcome, patch, small_network, small_task
 from rich.console import Console
 from safetensors import safe_open
+from safetensors.torch import save as to_bytes
 from torch import nn
 
 from qprune import Budget, SearchSpace, cli, prepare
 from qprune.console import Bars
 from qprune.errors import CheckpointError, NonFiniteError, OutOfMemoryError
 from qprune.files import write_atomically
+from qprune.resume import statefile
 from qprune.resume.checkpoints import Checkpoints
 from qprune.resume.hidden import hidden_state, load_hidden_state
 from qprune.resume.phase import Phase
@@ -233,12 +235,42 @@ def test_states_come_back_as_they_were(tmp_path: Path) -> None:
     for one, other in zip([*state["tensors"], state["half"]], [*found["tensors"], found["half"]], strict=True):
         assert torch.equal(one, other) and one.dtype == other.dtype and one.stride() == other.stride()
         assert other.data_ptr() % 64 == 0
+    write_state(tmp_path / "wide.safetensors", torch.arange(6.0).view(2, 3)[:, :2].expand(2, 2))
+    assert read_state(tmp_path / "wide.safetensors").tolist() == [[0.0, 1.0], [3.0, 4.0]]
     for bad in ({"x": object()}, {1.5: 2}, {"x": {True: 1}}):
         with pytest.raises(TypeError, match="a checkpoint cannot hold"):
             write_state(tmp_path / "bad.safetensors", bad)
     write_atomically(tmp_path / "other.safetensors", (0).to_bytes(8, "little"))
     with pytest.raises(CheckpointError):
         read_state(tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize("text", ["[", '{"dict": 3}', '{"tensor": "b"}', '{"tensor": "a", "stride": [1000000000, 1]}', '{"what": 1}'])
+def test_states_of_others_are_refused(text: str, tmp_path: Path) -> None:
+    tensors = {"a": torch.zeros(2, 2)}
+    header = {"format": statefile.FORMAT, "version": statefile.VERSION, "state": text, "digest": statefile._digest(text, tensors)}
+    write_atomically(tmp_path / "state.safetensors", to_bytes(tensors, header))
+    with pytest.raises(CheckpointError, match="is no checkpoint of a run"):
+        read_state(tmp_path / "state.safetensors")
+
+
+def test_a_network_that_changed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(options(), tmp_path, Watcher("search", _interrupt))
+
+    def larger(*args: Any, **kwargs: Any) -> nn.Module:
+        net = small_network()
+        net.fc = nn.Linear(8, 5)
+        return net
+
+    monkeypatch.setattr("qprune.seeds.network_of", larger)
+    monkeypatch.setattr("qprune.experiment.network_of", larger)
+    with pytest.raises(CheckpointError, match=r"the checkpoint of phase float in .* does not fit this run \(.*size mismatch for fc"):
+        run(options(), tmp_path, Watcher(), resume=True)
+
+
+def _interrupt() -> None:
+    raise KeyboardInterrupt
 
 
 def test_random_numbers_go_on() -> None:

@@ -15,6 +15,7 @@ from qprune.resume.statefile import read_state, write_state
 log = logging.getLogger("qprune")
 END = "-end"
 DIGITS = 9
+_NUMBER = "[0-9]" * DIGITS
 
 
 class Checkpoints:
@@ -54,32 +55,32 @@ class Checkpoints:
 
     def forget_later(self) -> None:
         """Remove what is of later steps than the present one, when a phase goes on from an earlier one."""
-        for path in self.folder.glob("*.safetensors"):
+        for path in self.folder.glob(f"{_NUMBER}-*.safetensors"):
             if int(path.name[:DIGITS]) > self.steps:
                 path.unlink(missing_ok=True)
 
     def load(self, phase: str) -> dict[str, Any] | None:
         """The newest state of a phase that can be read, its end before all others; None if there is none. Damaged ones are reported and
         removed."""
-        ends = sorted(self.folder.glob(f"*-{phase}{END}.safetensors"))
-        for path in [*ends[::-1], *sorted(self.folder.glob(f"*-{phase}.safetensors"), reverse=True)]:
+        ends = sorted(self.folder.glob(f"{_NUMBER}-{phase}{END}.safetensors"))
+        for path in [*ends[::-1], *sorted(self.folder.glob(f"{_NUMBER}-{phase}.safetensors"), reverse=True)]:
             try:
                 state: dict[str, Any] = read_state(path)
             except CheckpointError as error:
                 log.warning("qprune: %s; going on from the one before", error)
                 path.unlink(missing_ok=True)
                 continue
-            self.steps, self.metrics = state["steps"], state["metrics"]
+            self.steps, self.metrics = int(state["steps"]), int(state["metrics"])
             return state
         return None
 
     def last(self) -> Path | None:
         """The newest file."""
-        return max(self.folder.glob("*.safetensors"), key=lambda path: path.stem, default=None)
+        return max(self.folder.glob(f"{_NUMBER}-*.safetensors"), key=lambda path: path.stem, default=None)
 
     def clear(self) -> None:
         """Remove the folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _files(self) -> list[Path]:
-        return sorted(path for path in self.folder.glob("*.safetensors") if not path.stem.endswith(END))
+        return sorted(path for path in self.folder.glob(f"{_NUMBER}-*.safetensors") if not path.stem.endswith(END))

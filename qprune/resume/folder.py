@@ -61,7 +61,7 @@ def stored_options(folder: Path) -> RunOptions | None:
         if not isinstance(found, dict):
             raise ValueError("expected names and values")
         return RunOptions(**{name: _tuples(value) for name, value in found.items()})
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
         raise CheckpointError(f"{path} is damaged, or of another version ({' '.join(str(error).split())})") from None
 
 

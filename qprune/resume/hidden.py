@@ -21,7 +21,7 @@ def load_hidden_state(model: nn.Module, state: dict[str, dict[str, Any]]) -> Non
             if isinstance(value, Tensor):
                 old = module._buffers.get(key)
                 module._buffers[key] = value if old is None else value.to(old.device)
-            elif key in module.__dict__ and module.__dict__[key] != value:
+            elif type(module.__dict__.get(key, ())) in _PLAIN and module.__dict__[key] != value:
                 module.__dict__[key] = value
 
 

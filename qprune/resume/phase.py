@@ -60,19 +60,30 @@ class Phase(Passes):
     def _load(self, checkpoints: Checkpoints) -> None:
         state = checkpoints.load(self.name)
         if state is not None:
-            self.model.load_state_dict(state["model"])
-            if state["loop"] is not None:
-                self.loop.load_state_dict({**state["loop"], "model": state["model"]})
-            load_hidden_state(self.model, state["hidden"])
-            restore(state["now"], self.generator)
-            self.ended, self.earlier = state["end"], Usage(**state["usage"])
-            if self.ended:
-                self.meter.phases[self.name] = self.earlier
-                return
-            if state["loop"]["running"] is not None:
-                self._left = state
-        checkpoints.forget_later()
-        _cut(self.folder / METRICS, checkpoints.metrics)
+            try:
+                self._set(state)
+            except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+                why = " ".join(str(error).split())[:300]
+                raise CheckpointError(
+                    f"the checkpoint of phase {self.name} in {checkpoints.folder} does not fit this run ({why}); "
+                    "go on with the code and the versions that it began with, or begin another run"
+                ) from None
+        if not self.ended:
+            checkpoints.forget_later()
+            _cut(self.folder / METRICS, checkpoints.metrics)
+
+    def _set(self, state: dict[str, Any]) -> None:
+        """Model, loop and random numbers as they were."""
+        self.model.load_state_dict(state["model"])
+        if state["loop"] is not None:
+            self.loop.load_state_dict({**state["loop"], "model": state["model"]})
+        load_hidden_state(self.model, state["hidden"])
+        restore(state["now"], self.generator)
+        self.ended, self.earlier = state["end"], Usage(**state["usage"])
+        if self.ended:
+            self.meter.phases[self.name] = self.earlier
+        elif state["loop"]["running"] is not None:
+            self._left = state
 
     def begin(self) -> None:
         """Note the random numbers that the pass draws its order with, or set those that it drew it with."""

@@ -40,7 +40,10 @@ def read_state(path: Path) -> Any:
     text = header.get("state", "")
     if header.get("digest") != _digest(text, tensors):
         raise CheckpointError(f"{path} is damaged: its contents do not give the digest that it was written with")
-    return _unpack(json.loads(text), tensors)
+    try:
+        return _unpack(json.loads(text), tensors)
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is no checkpoint of a run ({type(error).__name__} in its header)") from None
 
 
 def _pack(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
@@ -48,7 +51,7 @@ def _pack(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
         dense = value.detach().cpu()
         tensors[place] = dense.contiguous().clone()
         # the order in memory decides which elements are computed together, and so their last bits
-        return {"tensor": place} if dense.is_contiguous() else {"tensor": place, "stride": list(dense.stride())}
+        return {"tensor": place} if _plain_order(dense) else {"tensor": place, "stride": list(dense.stride())}
     if isinstance(value, dict):
         return {"dict": [[_key(key), _pack(item, f"{place}/{key}", tensors)] for key, item in value.items()]}
     if isinstance(value, list | tuple):
@@ -57,6 +60,11 @@ def _pack(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise TypeError(f"{place}: a checkpoint cannot hold a {type(value).__name__}")
+
+
+def _plain_order(value: Tensor) -> bool:
+    """The last dimension is next to itself in memory and so on; or the elements lie apart, so that there is no order to keep."""
+    return value.is_contiguous() or not torch.ops.aten.is_non_overlapping_and_dense(value)
 
 
 def _key(key: Any) -> str | int:
@@ -73,6 +81,8 @@ def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
     if "tensor" in value:
         found = tensors[value["tensor"]]
         if "stride" in value:
+            if 1 + sum((size - 1) * step for size, step in zip(found.shape, value["stride"], strict=True)) != found.numel():
+                raise ValueError("strides with gaps")
             return torch.empty_strided(found.shape, value["stride"], dtype=found.dtype).copy_(found)
         return found.clone()  # into memory that is aligned as torch aligns it
     if "tuple" in value:
