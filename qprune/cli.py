@@ -259,7 +259,7 @@ def train(
     from qprune.tasks.sources import Named, network_of, task_of
 
     _set_threads(threads)
-    named = Named(data, data_dir, arguments.settings(data_option or ()), model, weights)
+    named = Named(data, data_dir, arguments.settings(data_option or ()), model, weights, batch_size)
     task = task_of(named)
     torch.manual_seed(seed)
     net = network_of(named, task)

@@ -42,9 +42,9 @@ MODULE = """
     def task(seed=0, *, count=60):
         return Task("mine", 1, 8, 3, split(count, seed), split(12, seed + 1), split(12, seed + 2))
 
-    def loaders(seed):
+    def loaders(seed, batch_size=10):
         parts = [TensorDataset(*split(60, seed)[:]), TensorDataset(*split(12, 1)[:]), TensorDataset(*split(12, 2)[:])]
-        return [DataLoader(part, 10, shuffle=index == 0) for index, part in enumerate(parts)]
+        return [DataLoader(part, batch_size, shuffle=index == 0) for index, part in enumerate(parts)]
 
     def net(num_classes, in_channels):
         return nn.Sequential(
@@ -64,7 +64,7 @@ MODULE = """
 
 @pytest.fixture
 def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder to be in, with a module h8_mine."""
+    """A folder to be in, with a module own_sources."""
     (tmp_path / "own_sources.py").write_text(textwrap.dedent(MODULE))
     (tmp_path / "broken_sources.py").write_text("import no_such_package\n")
     monkeypatch.chdir(tmp_path)
@@ -81,10 +81,19 @@ def test_a_task_of_ones_own(mine: Path) -> None:
     assert not torch.equal(task.example(2), data.load("own_sources:task", 6).example(2))
 
 
+def test_the_batch_size_is_given_to_functions_that_take_it(mine: Path) -> None:
+    for options, size in [({}, 20), ({"batch_size": 15}, 15)]:
+        task = task_of(Named("own_sources:loaders", data_options={"num_classes": 3, **options}, batch_size=20))
+        assert len(next(iter(task.loader("train", 64)))[1]) == size
+    assert len(data.load("own_sources:loaders", num_classes=3).loader("train", 64)) == 6
+    assert task_of(Named("own_sources:task", batch_size=20)).num_classes == 3
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
         ("own_sources:taks", {}, r"own_sources:taks: own_sources has no 'taks'; did you mean task\?"),
+        ("own_sources:constant.high", {}, "own_sources has no 'constant.high'"),
         ("own_sources:constant", {}, "'constant' is int, not a function"),
         ("own_sources:demanding", {}, "own_sources:demanding must be given colour; what it can be given by name is seed"),
         ("own_sources:positional", {}, "own_sources:positional must be given seed"),

@@ -1,4 +1,4 @@
-"""What the runnable examples need: data sets (`data`), networks (`models`) and plain training (`train`).
+"""What runs need: data sets (`data`), networks (`models`) and plain training (`train`); docs/data.md has what they are named by.
 
 >>> task = qprune.tasks.data.load("digits", seed=0)
 >>> net = qprune.tasks.models.for_task("resnet8", task)

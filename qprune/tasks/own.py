@@ -46,7 +46,7 @@ def resolve(text: str, kind: type[QPruneError]) -> Callable[..., Any]:
     found: Any = module
     for name in function_name.split("."):
         if not hasattr(found, name):
-            near = difflib.get_close_matches(name, [known for known in vars(found) if callable(getattr(found, known))], n=3)
+            near = difflib.get_close_matches(name, [known for known in dir(found) if callable(getattr(found, known))], n=3)
             raise kind(f"{text}: {module_name} has no {function_name!r}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
         found = getattr(found, name)
     if not callable(found):
@@ -67,6 +67,15 @@ def called(function: Callable[..., Any], text: str, offered: Mapping[str, Any], 
     if lacking:
         raise kind(f"{text} must be given {', '.join(lacking)}; what it can be given by name is {', '.join(offered)}")
     return function(**{name: value for name, value in offered.items() if takes_all or name in named})
+
+
+def takes(text: str, keyword: str) -> bool:
+    """Does the data function that `text` names have a parameter of that name?"""
+    function = resolve(text, DataError)
+    try:
+        return keyword in inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return False
 
 
 def task(text: str, seed: int, options: Mapping[str, Any]) -> Task:

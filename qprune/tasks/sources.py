@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from . import data, models
+from . import data, models, own
 from .task import Task
 from .weights import load_weights
 
@@ -18,6 +18,7 @@ class Sources(Protocol):
 
     data, data_dir, data_options   a data set or module:function, the folder with its files, further arguments of its function
     model, weights                 a network or module:function, and a file with its weights
+    batch_size                     for functions of one's own that make loaders
     """
 
     @property
@@ -30,6 +31,8 @@ class Sources(Protocol):
     def model(self) -> str: ...
     @property
     def weights(self) -> str: ...
+    @property
+    def batch_size(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -41,12 +44,15 @@ class Named:
     data_options: Mapping[str, Any] = field(default_factory=dict)
     model: str = "resnet8"
     weights: str = ""
+    batch_size: int = 64
 
 
 def task_of(options: Sources) -> Task:
     """The data. What is not divided yet is drawn by seed 0, or by the data option of that name."""
-    folder = {"directory": options.data_dir} if options.data_dir else {}
-    return data.load(options.data, **{**folder, **options.data_options})
+    given = {**({"directory": options.data_dir} if options.data_dir else {}), **options.data_options}
+    if own.is_reference(options.data) and "batch_size" not in given and own.takes(options.data, "batch_size"):
+        given["batch_size"] = options.batch_size
+    return data.load(options.data, **given)
 
 
 def network_of(options: Sources, task: Task) -> nn.Module:
