@@ -205,6 +205,15 @@ def test_more_pixels_than_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         load(tmp_path, max_damaged=0).example()
 
 
+def test_images_that_are_too_narrow(tmp_path: Path) -> None:
+    tree(tmp_path, train=4, val=2)
+    picture(tmp_path / "val" / "ash" / "0.png", SHADES["ash"], shape=(1, 101))
+    picture(tmp_path / "val" / "ash" / "1.png", SHADES["ash"], shape=(100, 1))
+    task = load(tmp_path)
+    assert sum(len(y) for _, y in batches(task, "test")) == 5
+    assert task.test.damage.names == {"val/ash/0.png": "101 x 1 pixels are too narrow; one side may be 100 x the other"}
+
+
 def test_files_that_go_away(tmp_path: Path) -> None:
     task = load(tree(tmp_path, train=4, val=2), max_damaged=0)
     (tmp_path / "val" / "ash" / "0.png").unlink()

@@ -26,6 +26,8 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
 """What a file's content may be, whatever its name says: formats that only hold pixels."""
 MAX_PIXELS = 100_000_000
+MAX_ASPECT = 100
+"""Resized by its short side, an image that is narrower would become huge."""
 MAX_SIZE = 4096
 
 
@@ -50,6 +52,10 @@ class Files:
                 with Image.open(path, formats=FORMATS) as image:
                     if image.width * image.height > MAX_PIXELS:
                         raise DamagedImageError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
+                    if max(image.size) > MAX_ASPECT * min(image.size):
+                        raise DamagedImageError(
+                            f"{image.width} x {image.height} pixels are too narrow; one side may be {MAX_ASPECT} x the other"
+                        )
                     return image.convert("RGB")
         except UnidentifiedImageError as error:
             raise DamagedImageError(f"not an image in one of the formats {', '.join(FORMATS)}") from error
