@@ -88,13 +88,16 @@ def outcome(folder: Path) -> dict[str, Any]:
     """All that a run's folder says, without what clocks say; models as bytes."""
     found: dict[str, Any] = {"result": _timeless(json.loads((folder / "result.json").read_text()))}
     for place in (folder, *sorted(folder.glob("seed-*"))):
+        name = "first" if place == folder else place.name
         lines = (place / "metrics.jsonl").read_text().splitlines()
-        found[f"{place.name} metrics"] = [_timeless(json.loads(line)) for line in lines]
-        found[f"{place.name} policy"] = (place / "policy.json").read_text()
         header, tensors = read(place / "model.safetensors")
-        found[f"{place.name} header"] = header
-        found[f"{place.name} tensors"] = {name: (str(t.dtype), tuple(t.shape), t.numpy().tobytes()) for name, t in tensors.items()}
-    return {name.replace(folder.name, "first"): value for name, value in found.items()}
+        found |= {
+            f"{name} metrics": [_timeless(json.loads(line)) for line in lines],
+            f"{name} policy": (place / "policy.json").read_text(),
+            f"{name} header": header,
+            f"{name} tensors": {key: (str(t.dtype), tuple(t.shape), t.numpy().tobytes()) for key, t in tensors.items()},
+        }
+    return found
 
 
 def _timeless(value: Any) -> Any:
