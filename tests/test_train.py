@@ -91,6 +91,25 @@ def test_fit_repeats_and_resumes_exactly() -> None:
     assert [record["loss"] for record in again] == [record["loss"] for record in history]
 
 
+def test_a_run_goes_on_within_a_pass() -> None:
+    problem, start, states = noise(), models.resnet8(), []
+    whole = train.Trainer(copy.deepcopy(start), 2)
+
+    def keep(step: int, total: int, loss: float) -> None:
+        states.append(copy.deepcopy(whole.state_dict()))
+
+    whole.fit(lambda epoch: problem.loader("train", 8, generator(epoch)), progress=keep)
+    for state in (states[1], states[3], states[6]):
+        again = train.Trainer(models.resnet8(), 2)
+        again.load_state_dict(state)
+        again.fit(lambda epoch: problem.loader("train", 8, generator(epoch)))
+        assert all(torch.equal(a, b) for a, b in zip(whole.model.state_dict().values(), again.model.state_dict().values()))
+        assert [(r["loss"], r["accuracy"], r["step"]) for r in again.history] == [
+            (r["loss"], r["accuracy"], r["step"]) for r in whole.history
+        ]
+        assert again.state_dict()["running"] is None
+
+
 def test_zero_epochs_train_nothing() -> None:
     net = models.resnet8()
     before = copy.deepcopy(net.state_dict())
