@@ -182,9 +182,11 @@ def test_overhead() -> None:
     with pytest.raises(InputError, match="layer 0 is being searched"):
         overhead(mixed)
     policy = Policy({"0": LayerBits((0, 2, 2, 2, 0, 2), 4), "2": LayerBits((2, 4, 4, 4), 4)}, geometry_of(mixed))
-    found = overhead(convert(mixed, policy))
     # layer 0: a mask of 6 filters; layer 2: 4 widths; ranges: one per filter and one for the input
-    assert found == {"index": mask_bits(6, 4) + 4 * 4, "codebooks": 32 * (6 + 1 + 4 + 1)}
+    masked = overhead(convert(mixed, policy, remove=False))
+    assert masked == {"index": mask_bits(6, 4) + 4 * 4, "codebooks": 32 * (6 + 1 + 4 + 1)}
+    # a network that lost its two filters needs no mask and no ranges of theirs
+    assert overhead(convert(mixed, policy)) == {"index": 4 * 4, "codebooks": 32 * (4 + 1 + 4 + 1)}
     assert overhead(net) == {"index": 0, "codebooks": 0}
 
 
