@@ -18,7 +18,6 @@ from qprune.budget import Budget
 from qprune.compare.baselines import Pruning, uniform_bits
 from qprune.compare.options import CompareOptions
 from qprune.compare.page import compare_page
-from qprune.overhead import overhead
 from qprune.compare.summary import float_row, rows_of, sentence
 from qprune.compare.tables import cells_csv, markdown, table_csv
 from qprune.convert import convert
@@ -26,6 +25,7 @@ from qprune.cost import cost, geometry_of
 from qprune.errors import InfeasibleBudgetError, InputError, StudyError
 from qprune.geometry import Geometry, trace_geometry
 from qprune.options import OptionError, RunOptions
+from qprune.overhead import overhead
 from qprune.policy import LayerBits, Policy
 from qprune.prepare import prepare
 from qprune.recipes import BitRecipe
