@@ -94,7 +94,17 @@ def quants(path: Path) -> list[tuple[int, int, int]]:
     return found
 
 
-@pytest.mark.parametrize(("name", "bits", "per_filter"), [("lenet5", BITS, True), ("resnet8", (0, 3, 32), True), ("resnet8", BITS, False)])
+@pytest.mark.parametrize(
+    ("name", "bits", "per_filter"),
+    [
+        ("lenet5", BITS, True),
+        ("resnet8", (0, 3, 32), True),
+        ("thin_resnet", BITS, False),
+        ("resnet20", (2, 3, 5, 32), False),
+        ("resnet56", (4, 32), False),  # untrained and so deep, it makes one code that flips at 8 bits a difference of 5 %
+        ("mobilenet", (4, 8), False),
+    ],
+)
 def test_networks_and_their_cost(name: str, bits: tuple[int, ...], per_filter: bool, tmp_path: Path) -> None:
     x = inputs(2, 1, 16, 16)
     final = converted(lambda: models.for_task(name, Images()), x, bits, per_filter)
