@@ -18,7 +18,7 @@ from qprune.gates import Constant, Gate, TiedGate, gates, probabilities
 from qprune.geometry import ChannelGroup, Geometry, LayerGeometry
 from qprune.nn.mixing import Mixing
 from qprune.nn.premix import Premix
-from qprune.search.allocate import gate_scores
+from qprune.search.allocate import allocate, gate_scores
 from qprune.search.expected import ExpectedCost
 from qprune.ties import Tie, filterwise, not_removable, tied_channels
 
@@ -332,15 +332,46 @@ def test_untied_zeros_are_legal() -> None:
     assert final(IMAGE).isfinite().all()
 
 
+def two_steps(model: nn.Module, policy: Policy) -> float:
+    """log p of what is pruned and what is kept, and of the kept filters' bits relative to their likeliest; from the logits."""
+    total = 0.0
+    for name, layer in layers_of(model).items():
+        gate = layer.weight_gate
+        if not isinstance(gate, Gate):
+            continue
+        p = gate.logits.detach().double().softmax(1)
+        for row, b in zip(p, policy.bits(name).per_filter(len(p)), strict=True):
+            kept = row[1:]
+            total += float((kept[(2, 4).index(b)] / kept.max()).log()) if b else 0.0
+            if not isinstance(gate, TiedGate):
+                total += float((kept.sum() if b else row[0]).log())
+    shared = model.a.weight_gate.prune.logits.detach().double().log_softmax(1)
+    return total + sum(float(row[int(b > 0)]) for row, b in zip(shared, policy.bits("a").per_filter(len(shared)), strict=True))
+
+
 def test_scores_count_a_shared_choice_once() -> None:
     model = prepared(narrow_stage, SearchSpace((0, 2, 4), (4,), granularity="filter"), fc=None)
+    torch.manual_seed(1)
+    for logits in arch_parameters(model):
+        nn.init.normal_(logits)
     scores = gate_scores(model)
     for policy in policies(model)[::37]:
         total = 0.0
         for name, table in scores.items():
             k = [table.space.w_bits.index(b) for b in policy.bits(name).per_filter(len(table.weight))]
             total += table.weight[range(len(k)), k].sum() + table.input[0]
-        assert total == pytest.approx(float(log_likelihood(model, policy).detach()), rel=1e-5)
+        assert total == pytest.approx(two_steps(model, policy), rel=1e-5)
+
+
+def test_undecided_gates_prune_nothing_that_the_budget_leaves() -> None:
+    """Keeping a filter is one choice, however many widths it could then have and however many filters share it."""
+    torch.manual_seed(0)
+    model = prepare(Stage(4), SearchSpace((0, 2, 4, 8), (8,), granularity="filter"), example_inputs=IMAGE)
+    policy = allocate(model, Budget(bops="w8a8"))
+    assert not policy.pruned()
+    tight = allocate(model, Budget(bops="w2a8"), spend=True)
+    limit = Budget(bops="w2a8").limits(geometry_of(model))["bops"]
+    assert 0.9 * limit < float(cost(tight).bops) <= limit
 
 
 def test_copies_and_state_keep_the_tie() -> None:

@@ -47,7 +47,12 @@ class LayerScores:
 
 def gate_scores(model: nn.Module) -> dict[str, LayerScores]:
     """The logarithms of the gates' probabilities, without the noise of sampling: the total is the log-likelihood of the policy. A choice of
-    0 bits that filters of several layers share counts in the first of these."""
+    0 bits that filters of several layers share counts in the first of these.
+
+    Where 0 bits are a candidate, a filter is first kept or pruned, with the summed probability of either; bits then count relative to the
+    likeliest ones. Otherwise the more widths a kept filter could have, and the more filters share a choice, the less likely each of them
+    were, and undecided gates would prune.
+    """
     scores: dict[str, LayerScores] = {}
     counted: set[nn.Module] = set()
     with _without_noise(model):
@@ -58,15 +63,28 @@ def gate_scores(model: nn.Module) -> dict[str, LayerScores]:
                     again = gate.within() if gate.prune in counted else None
                     counted.add(gate.prune)
                 p = layer.filter_probabilities(again).detach().double().cpu().numpy()
-                space, log_p = layer.space, np.log(np.maximum(p, _TINY))
+                space = layer.space
                 if layer.input_gate is not None:
                     weight, share = p.sum(2), p.sum((0, 1)) / p.sum()
-                    scores[name] = LayerScores(space, np.log(np.maximum(weight, _TINY)), np.log(np.maximum(share, _TINY)))
+                    scores[name] = LayerScores(space, _in_two_steps(weight, space), np.log(np.maximum(share, _TINY)))
                 else:
                     candidates = [[(w, a) in space.candidates for a in space.a_bits] for w in space.w_bits]
-                    pair = np.where(candidates, log_p, -np.inf)
+                    pair = np.where(candidates, _in_two_steps(p, space), -np.inf)
                     scores[name] = LayerScores(space, np.zeros(p.shape[:2]), np.zeros(p.shape[2]), pair)
     return scores
+
+
+def _in_two_steps(p: np.ndarray, space: SearchSpace) -> np.ndarray:
+    """log p [F, K_w] or [F, K_w, K_a], or where 0 bits are a candidate: log of the probability of being pruned, or kept, plus log of
+    p / the largest p of that kind."""
+    log_p = np.log(np.maximum(p, _TINY))
+    pruned = np.array(space.w_bits) == PRUNED
+    if pruned.all() or not pruned.any():
+        return log_p
+    for columns in (pruned, ~pruned):
+        kind = p[:, columns].reshape(len(p), -1)
+        log_p[:, columns] += np.log(np.maximum(kind.sum(1) / np.maximum(kind.max(1), _TINY), _TINY)).reshape(-1, *[1] * (p.ndim - 1))
+    return log_p
 
 
 @contextlib.contextmanager
