@@ -43,9 +43,9 @@ def search(
     context: typer.Context,
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="Options by the names that --print-config shows; they go before the file's.", metavar="KEY=VALUE"),
+        typer.Argument(help="Options by the names that --print-config shows; they count before the file's.", metavar="KEY=VALUE"),
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="A YAML file with options; flags and KEY=VALUE go before its.")] = None,
+    config: Annotated[Path | None, typer.Option(help="A YAML file with options; flags and KEY=VALUE count before it.")] = None,
     print_config: Annotated[bool, typer.Option("--print-config", help="Print all options as such a file, and do nothing.")] = False,
     data: Data = "digits",
     data_dir: DataDir = "",

@@ -18,11 +18,13 @@ import yaml
 
 from qprune import arguments
 from qprune.options import OptionError, RunOptions
-from qprune.plainyaml import check_plain, read_mapping, shown, value_of
+from qprune.plainjson import shown
+from qprune.plainyaml import check_plain, read_mapping, value_of
 from qprune.search.driver import METHODS
 
 TYPES = {field.name: str(field.type) for field in fields(RunOptions)}
 """The options of a run, and the types that `RunOptions` declares."""
+MOST_TEXT = 4096  # characters of a name, a path or a budget
 FLAGS = ("out", "threads", "overwrite", "resume", "checkpoint_minutes", "keep", "onnx", "config")
 """Options of the command alone: they do not change what a run computes, but for the last bits (threads)."""
 
@@ -108,7 +110,7 @@ def _kind(name: str, where: str) -> str:
 
 
 def _text(value: Any) -> str:
-    if not isinstance(value, str) or "\0" in value:
+    if not isinstance(value, str) or "\0" in value or len(value) > MOST_TEXT:
         raise ValueError
     return value
 

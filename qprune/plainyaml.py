@@ -12,6 +12,8 @@ from typing import Any
 
 import yaml
 
+from qprune.plainjson import shown
+
 MOST_BYTES = 1 << 20
 MOST_DEPTH = 32
 # PyYAML raises the latter for tags that do not fit their text, as in `!!int ""`
@@ -72,9 +74,3 @@ def check_plain(value: Any, depth: int = 0) -> None:
         raise ValueError(f"a number of {value.bit_length()} bits is too large")
     elif value is not None and not isinstance(value, str | int | float | bool):
         raise ValueError(f"expected text, a number, a truth value, a list or names and values, got a {type(value).__name__}")
-
-
-def shown(value: Any) -> str:
-    """A value in a message, cut short."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}…"

@@ -20,6 +20,7 @@ from qprune.experiment import Experiment, Watcher
 from qprune.files import write_atomically
 from qprune.geometry import Geometry, trace_geometry
 from qprune.options import OptionError, RunOptions
+from qprune.plainjson import parse
 from qprune.report import write_report
 from qprune.result import read_result
 from qprune.resume.checkpoints import Checkpoints
@@ -216,7 +217,7 @@ def _entry(place: Path) -> dict[str, Any] | None:
     """What a seed gave that is over; None if it is not, or if its file is damaged."""
     try:
         place.mkdir(parents=True, exist_ok=True)
-        found: dict[str, Any] = json.loads((place / SEED).read_text())
+        found: dict[str, Any] = parse((place / SEED).read_text())
         return found if {"run", "limits"} <= set(found) else None
     except FileNotFoundError:
         return None

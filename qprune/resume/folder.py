@@ -18,6 +18,7 @@ from qprune.config import checked
 from qprune.errors import CheckpointError
 from qprune.files import write_atomically
 from qprune.options import OptionError, RunOptions
+from qprune.plainjson import parse
 from qprune.plainyaml import read_mapping
 
 log = logging.getLogger("qprune")
@@ -100,7 +101,7 @@ def take_up(folder: Path, environment: Mapping[str, str]) -> None:
 def _environment(folder: Path) -> dict[str, Any]:
     """What a run began with; empty if that is not known."""
     try:
-        found = json.loads((folder / ENVIRONMENT).read_text())
+        found = parse((folder / ENVIRONMENT).read_text())
         return found if isinstance(found, dict) else {}
     except (OSError, ValueError):
         return {}
