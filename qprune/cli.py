@@ -90,6 +90,7 @@ def search(
     from qprune.options import RunOptions
     from qprune.resume.folder import check_same, stored_options
     from qprune.resume.signals import Stop
+    from qprune.watch import TENSORBOARD, Several, TensorBoard, has_tensorboard
 
     _set_threads(threads)
     values: dict[str, Any] = {
@@ -113,9 +114,10 @@ def search(
     if began is not None and (out / "result.json").exists():
         console.print(f"{out} holds a finished run.")
     stop = Stop()
-    with stop.listening(), Bars(console, options.seeds) as bars:
+    with stop.listening(), Bars(console, options.seeds, options.batch_size) as bars:
+        watcher = Several([bars, TensorBoard(out / TENSORBOARD)] if has_tensorboard() else [bars])
         result = repeated.run(
-            options, out, bars, overwrite, resume=resume, minutes=checkpoint_minutes, keep=keep, stop=stop,
+            options, out, watcher, overwrite, resume=resume, minutes=checkpoint_minutes, keep=keep, stop=stop,
         )  # fmt: skip
     if onnx:
         from qprune.exporting import add_onnx

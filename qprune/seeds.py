@@ -112,6 +112,7 @@ def open_folder(folder: Path, overwrite: bool) -> None:
     if not overwrite and any((folder / name).exists() for name in OURS[:3]):
         raise CheckpointError(f"{folder} already holds a run; go on with it (--resume), choose another folder, or pass --overwrite")
     write_atomically(folder / OPTIONS, b"")
+    shutil.rmtree(folder / "tensorboard", ignore_errors=True)
     for place in (folder, *folder.glob("seed-*")):
         shutil.rmtree(place / STATES, ignore_errors=True)
         for name in OURS:
