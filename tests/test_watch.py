@@ -35,7 +35,7 @@ def feed(watcher: Any, seeds: int = 1, done: int = 0) -> None:
         watcher.phase("search", seed, 40, done)
         for i in range(done, 40):
             watcher.step({"loss": 0.5 + i, "cost": math.nan})
-        watcher.epoch({"phase": "search", "seed": seed, "epoch": 1, "loss": 0.25, "val_accuracy": 0.9, "entropy": None, "note": "x", "flag": True})
+        watcher.epoch({"phase": "search", "seed": seed, "epoch": 1, "loss": 0.25, "val_accuracy": 0.9, "entropy": None, "ok": True})
 
 
 def test_a_run_tells_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
