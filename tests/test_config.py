@@ -162,5 +162,5 @@ def test_options_of_a_folder(tmp_path: Path) -> None:
 
 
 def test_options_must_be_finite() -> None:
-    with pytest.raises(OptionError, match="lr must be positive and finite, got inf"):
+    with pytest.raises(OptionError, match="lr must be finite, got inf"):
         RunOptions(lr=float("inf"))
