@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import typer
-import yaml
+
+from qprune.plainyaml import value_of
 
 
 def bits(text: str) -> tuple[int, ...]:
@@ -51,8 +52,8 @@ def settings(words: Sequence[str]) -> dict[str, Any]:
     for word in words:
         name, equals, value = word.partition("=")
         try:
-            found[name.strip().replace("-", "_")] = yaml.safe_load(value)
-        except yaml.YAMLError:
+            found[name.strip().replace("-", "_")] = value_of(value)
+        except ValueError:
             equals = ""
         if not equals or not name.strip():
             raise typer.BadParameter(f"expected name=value, got {word!r}")

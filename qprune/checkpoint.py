@@ -22,6 +22,7 @@ from qprune.nn.codebook import blank_codebook, codebook_layers
 from qprune.nn.mixing import Mixing
 from qprune.nn.quantizing import Quantizing
 from qprune.nn.surgery import replace_modules
+from qprune.plainjson import parse
 from qprune.policy import LayerBits, Policy
 from qprune.quantizers import StoredUniqWeightQuantizer, StoredWeightQuantizer
 from qprune.record import Record, record_of, unwrap
@@ -91,7 +92,7 @@ def load(path: str | Path, build: Callable[[], nn.Module]) -> nn.Module:
         raise CheckpointError(f"{path} was not written by qprune")
     if header.get("version") not in (PLAIN, SMALLER):
         raise CheckpointError(
-            f"{path} has format {header.get('version')}, written by qprune {header.get('library', 'of an unknown version')}; "
+            f"{path} has format {header.get('version', '–')[:40]}, written by qprune {header.get('library', 'of another time')[:40]}; "
             f"this is qprune {__version__}, which reads formats {PLAIN} and {SMALLER}"
         )
     model = rebuild(header, build, path)
@@ -123,10 +124,10 @@ def rebuild(header: Mapping[str, str], build: Callable[[], nn.Module], path: str
     header is from, if the header is damaged or does not fit what `build` makes."""
     try:
         policy = Policy.from_json(header["policy"])
-        spaces = {name: SearchSpace(**names) for name, names in json.loads(header["quantizers"]).items()}
-        codebooks = {name: dict(settings) for name, settings in json.loads(header.get("codebooks", "{}")).items()}
-        removed, round_to = _removal(json.loads(header["removal"])) if "removal" in header else (None, 1)
-        folds = {name: dict(settings) for name, settings in json.loads(header.get("folded", "{}")).items()}
+        spaces = {name: SearchSpace(**names) for name, names in parse(header["quantizers"]).items()}
+        codebooks = {name: dict(settings) for name, settings in parse(header.get("codebooks", "{}")).items()}
+        removed, round_to = _removal(parse(header["removal"])) if "removal" in header else (None, 1)
+        folds = {name: dict(settings) for name, settings in parse(header.get("folded", "{}")).items()}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"cannot read {path}: its header is damaged ({type(error).__name__}: {error})") from None
     try:

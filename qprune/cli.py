@@ -41,6 +41,12 @@ Threads = Annotated[int, typer.Option(help="CPU threads; 0 = as many as torch ch
 @app.command()
 def search(
     context: typer.Context,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Options by the names that --print-config shows; they count before the file's.", metavar="KEY=VALUE"),
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="A YAML file with options; flags and KEY=VALUE count before it.")] = None,
+    print_config: Annotated[bool, typer.Option("--print-config", help="Print all options as such a file, and do nothing.")] = False,
     data: Data = "digits",
     data_dir: DataDir = "",
     data_option: DataOption = None,
@@ -79,10 +85,12 @@ def search(
     onnx: Annotated[bool, typer.Option("--onnx/--no-onnx", help="Write model.onnx at the end.")] = True,
 ) -> None:
     """Train a float network, search its bits within a budget, fine-tune, and compare with the uniform network of at least that cost."""
+    from qprune import config as configuration
     from qprune import seeds as repeated
     from qprune.options import RunOptions
     from qprune.resume.folder import check_same, stored_options
     from qprune.resume.signals import Stop
+    from qprune.watch import TENSORBOARD, Several, TensorBoard, has_tensorboard
 
     _set_threads(threads)
     values: dict[str, Any] = {
@@ -94,16 +102,22 @@ def search(
         "batch_size": batch_size, "lr": lr, "search_lr": search_lr, "finetune_lr": finetune_lr, "arch_lr": arch_lr,
         "seed": seed, "seeds": seeds, "convention": convention, "deterministic": deterministic,
     }  # fmt: skip
+    flags = {name: value for name, value in values.items() if _given(context, name)}
+    given = configuration.merged(config, overrides or (), flags)
     began = stored_options(out) if resume else None
     if began is not None:
-        check_same(began, out, {name: value for name, value in values.items() if _given(context, name)}, threads)
-        if (out / "result.json").exists():
-            console.print(f"{out} holds a finished run.")
-    options = began or RunOptions(**values)
+        check_same(began, out, configuration.comparable(began, given), threads)
+    options = began or RunOptions(**configuration.over(values, given))
+    if print_config:
+        typer.echo(configuration.dump(options), nl=False)
+        return
+    if began is not None and (out / "result.json").exists():
+        console.print(f"{out} holds a finished run.")
     stop = Stop()
-    with stop.listening(), Bars(console, options.seeds) as bars:
+    with stop.listening(), Bars(console, options.seeds, options.batch_size) as bars:
+        watcher = Several([bars, TensorBoard(out / TENSORBOARD)] if has_tensorboard() else [bars])
         result = repeated.run(
-            options, out, bars, overwrite, resume=resume, minutes=checkpoint_minutes, keep=keep, stop=stop,
+            options, out, watcher, overwrite, resume=resume, minutes=checkpoint_minutes, keep=keep, stop=stop,
         )  # fmt: skip
     if onnx:
         from qprune.exporting import add_onnx

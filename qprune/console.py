@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from qprune.cost import Cost
 from qprune.geometry import Geometry
@@ -20,13 +21,30 @@ if TYPE_CHECKING:
 PHASES = {"float": "train float", "search": "search", "finetune": "fine-tune", "uniform": "train uniform"}
 
 
-class Bars:
-    """One progress bar per phase: steps done, loss, accuracy on validation data, expected cost over budget, time left."""
+class Rate(ProgressColumn):
+    """Images per second, over the steps of the last seconds or, of a phase that is over, over all."""
 
-    def __init__(self, console: Console, seeds: int) -> None:
+    def __init__(self, batch_size: int) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed * self.batch_size:,.0f} images/s" if speed and self.batch_size else "")
+
+
+class Bars:
+    """One progress bar per phase: steps done, loss, accuracy on validation data, expected cost over budget, mean entropy of the gates,
+    images per second, time left.
+
+    batch_size  images of a step; 0: their number is not shown
+    """
+
+    def __init__(self, console: Console, seeds: int, batch_size: int = 0) -> None:
         self.seeds = seeds
         self.progress = Progress(
             TextColumn("{task.description}"), BarColumn(bar_width=10), MofNCompleteColumn(), TextColumn("{task.fields[values]}"),
+            Rate(batch_size),
             TimeRemainingColumn(compact=True, elapsed_when_finished=True), console=console,
         )  # fmt: skip
         self.task: TaskID | None = None
@@ -50,8 +68,8 @@ class Bars:
         self.progress.advance(self.task)
 
     def epoch(self, values: Mapping[str, Any]) -> None:
-        if "val_accuracy" in values:
-            self._show({"acc": values["val_accuracy"]})
+        shown = {"acc": "val_accuracy", "entropy": "entropy"}
+        self._show({label: values[name] for label, name in shown.items() if values.get(name) is not None})
 
     def _show(self, values: Mapping[str, float]) -> None:
         self.values |= {name: f"{name} {value:.2f}" for name, value in values.items()}

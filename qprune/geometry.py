@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from qprune.errors import InputError
+from qprune.geometry_checks import check_geometry
 from qprune.modes import kept_modes
 from qprune.nn.filterwise import FilterConv2d
 from qprune.nn.surgery import copy_model, plain, replace_modules
@@ -117,19 +118,29 @@ class Geometry:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Geometry:
+        """Read `to_json`'s values; groups of layers that are not among the layers say nothing, and are left out. Raises ValueError,
+        TypeError, KeyError or AttributeError for anything else."""
         layers = {row["name"]: LayerGeometry(**row) for row in data["layers"]}
         groups = tuple(
             ChannelGroup(
                 row["size"],
                 {name: tuple(filters) for name, filters in row["producers"].items()},
-                {name: tuple((int(i), int(r)) for i, r in pairs) for name, pairs in row["consumers"].items()},
-                {name: tuple((int(i), int(r)) for i, r in pairs) for name, pairs in row.get("carriers", {}).items()},
+                {name: tuple((i, r) for i, r in pairs) for name, pairs in row["consumers"].items() if pairs},
+                {name: tuple((i, r) for i, r in pairs) for name, pairs in row.get("carriers", {}).items() if pairs},
                 bool(row.get("removable", False)),
                 str(row.get("why", "")),
             )
             for row in data["groups"]
         )
-        return cls(layers, groups, {name: Unit(**unit) for name, unit in data.get("units", {}).items()})
+        known = tuple(group for group in groups if group.producers and {*group.producers, *group.consumers} <= layers.keys())
+        units = {name: Unit(**{**unit, "channels": _channels(unit.get("channels"))}) for name, unit in data.get("units", {}).items()}
+        found = cls(layers, known, units)
+        check_geometry(found)
+        return found
+
+
+def _channels(listed: Any) -> tuple[int, ...] | None:
+    return None if listed is None else tuple(listed)
 
 
 def _unit_json(unit: Unit) -> dict[str, Any]:

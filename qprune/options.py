@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -94,8 +95,11 @@ class RunOptions:
         self.space()
         SearchSpace.fixed(self.edge_bits, self.edge_bits)
         for name in ("float_epochs", "search_epochs", "batch_size", "seeds", "lr", "search_lr", "finetune_lr", "arch_lr"):
-            if not getattr(self, name) > 0 and not (name == "float_epochs" and self.float_epochs == 0 and self.weights):
-                raise OptionError(f"{name} must be positive, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf and not (name == "float_epochs" and self.float_epochs == 0 and self.weights):
+                expected = "finite" if getattr(self, name) == math.inf else "positive"
+                raise OptionError(f"{name} must be {expected}, got {getattr(self, name)}")
+        if not -(2**63) <= self.seed < 2**63 - self.seeds:
+            raise OptionError(f"seed: expected a number of 64 bits, got {self.seed}")
         if self.finetune_epochs < 0:
             raise OptionError(f"finetune_epochs must not be negative, got {self.finetune_epochs}")
 

@@ -11,6 +11,7 @@ from typing import Any
 from qprune.errors import CheckpointError, PolicyMismatchError, SpaceError
 from qprune.files import write_atomically
 from qprune.geometry import Geometry, Unit
+from qprune.plainjson import parse, shown
 from qprune.space import FLOAT, IMAGE_BITS, PRUNED, check_bits
 
 FORMAT = 1
@@ -42,7 +43,7 @@ def _layer_bits(name: str, value: Any) -> LayerBits:
         else:
             w, a, out = (value["w_bits"], value["a_bits"], value.get("out_bits")) if isinstance(value, Mapping) else (*value, None)
     except (KeyError, TypeError, ValueError):
-        raise PolicyMismatchError(f"layer {name}: expected w_bits and a_bits, got {value!r}") from None
+        raise PolicyMismatchError(f"layer {name}: expected w_bits and a_bits, got {shown(value)}") from None
     try:
         check_bits("a_bits", (a,))
         for key, bits in (("w_bits", w), *([("out_bits", out)] if out is not None else [])):
@@ -119,12 +120,12 @@ class Policy:
     def from_json(cls, text: str) -> Policy:
         """Read `to_json`'s text. Raises CheckpointError for anything else, and for a newer format."""
         try:
-            data = json.loads(text)
+            data = parse(text)
             version = data["format"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"not a policy file: {type(error).__name__}: {error}") from None
         if version != FORMAT:
-            raise CheckpointError(f"the policy has format {version}; this version of qprune reads format {FORMAT}")
+            raise CheckpointError(f"the policy has format {shown(version)}; this version of qprune reads format {FORMAT}")
         try:
             geometry = Geometry.from_json(data["geometry"]) if data.get("geometry") else None
             layers = dict(data["layers"])
@@ -132,7 +133,7 @@ class Policy:
             raise CheckpointError(f"the policy is damaged: {type(error).__name__}: {error}") from None
         if geometry is not None and geometry.fingerprint != data.get("fingerprint"):
             raise CheckpointError(
-                f"the policy is damaged: its geometry has fingerprint {geometry.fingerprint}, it says {data.get('fingerprint')}"
+                f"the policy is damaged: its geometry has fingerprint {geometry.fingerprint}, it says {shown(data.get('fingerprint'))}"
             )
         return cls(layers, geometry)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from qprune.errors import CheckpointError
+from qprune.plainjson import parse
 
 Result = Mapping[str, Any]
 
@@ -89,7 +89,7 @@ def layers_of(result: Result, run: int = 0) -> list[dict[str, Any]]:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
     except ValueError as error:
@@ -122,7 +122,7 @@ def _read_metrics(path: Path) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for index, line in enumerate(lines):
         try:
-            row = json.loads(line) if line.strip() else None
+            row = parse(line) if line.strip() else None
         except ValueError as error:
             # A line without its newline at the end is one that is being written, or was when the run was killed.
             if index == len(lines) - 1:

@@ -20,6 +20,7 @@ from qprune.experiment import Experiment, Watcher
 from qprune.files import write_atomically
 from qprune.geometry import Geometry, trace_geometry
 from qprune.options import OptionError, RunOptions
+from qprune.plainjson import parse
 from qprune.report import write_report
 from qprune.result import read_result
 from qprune.resume.checkpoints import Checkpoints
@@ -111,6 +112,7 @@ def open_folder(folder: Path, overwrite: bool) -> None:
     if not overwrite and any((folder / name).exists() for name in OURS[:3]):
         raise CheckpointError(f"{folder} already holds a run; go on with it (--resume), choose another folder, or pass --overwrite")
     write_atomically(folder / OPTIONS, b"")
+    shutil.rmtree(folder / "tensorboard", ignore_errors=True)
     for place in (folder, *folder.glob("seed-*")):
         shutil.rmtree(place / STATES, ignore_errors=True)
         for name in OURS:
@@ -216,7 +218,7 @@ def _entry(place: Path) -> dict[str, Any] | None:
     """What a seed gave that is over; None if it is not, or if its file is damaged."""
     try:
         place.mkdir(parents=True, exist_ok=True)
-        found: dict[str, Any] = json.loads((place / SEED).read_text())
+        found: dict[str, Any] = parse((place / SEED).read_text())
         return found if {"run", "limits"} <= set(found) else None
     except FileNotFoundError:
         return None

@@ -25,6 +25,7 @@ from qprune.errors import CheckpointError, QPruneError
 from qprune.experiment import Experiment, Network
 from qprune.files import write_atomically
 from qprune.options import RunOptions
+from qprune.plainjson import parse
 from qprune.policy import Policy
 from qprune.recipes import BitRecipe, recipe_for
 from qprune.search.driver import METHODS
@@ -217,7 +218,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        found = json.loads(path.read_text())
+        found = parse(path.read_text())
         if not isinstance(found, dict):
             raise ValueError("expected an object")
     except (OSError, ValueError) as error:

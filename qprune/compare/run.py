@@ -17,6 +17,7 @@ from qprune.compare.summary import float_row, rows_of, sentence
 from qprune.compare.tables import cells_csv, markdown, table_csv
 from qprune.errors import StudyError
 from qprune.files import write_atomically
+from qprune.plainyaml import read_mapping
 from qprune.seeds import environment
 from qprune.study.queue import Progress, Queue, check_options
 from qprune.study.storage import check_sqlite, require_optuna
@@ -94,8 +95,8 @@ def open_folder(folder: Path, options: CompareOptions) -> None:
     path = folder / "options.yaml"
     if path.exists():
         try:
-            stored = yaml.safe_load(path.read_text())
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            stored = read_mapping(path)
+        except (OSError, ValueError) as error:
             raise StudyError(f"{path} is damaged ({' '.join(str(error).split())}); restore it, or choose another folder") from None
         check_options(stored, options.as_dict(), str(folder), GROWING)
     elif (folder / "result.json").exists():

@@ -14,9 +14,12 @@ from typing import Any
 import torch
 import yaml
 
+from qprune.config import checked
 from qprune.errors import CheckpointError
 from qprune.files import write_atomically
 from qprune.options import OptionError, RunOptions
+from qprune.plainjson import parse
+from qprune.plainyaml import read_mapping
 
 log = logging.getLogger("qprune")
 OPTIONS, ENVIRONMENT, RESULT, SEED, STATES, LOCK = (
@@ -57,11 +60,8 @@ def stored_options(folder: Path) -> RunOptions | None:
     if not path.exists():
         return None
     try:
-        found = yaml.safe_load(path.read_text())
-        if not isinstance(found, dict):
-            raise ValueError("expected names and values")
-        return RunOptions(**{name: _tuples(value) for name, value in found.items()})
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
+        return RunOptions(**checked(read_mapping(path)))
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged, or of another version ({' '.join(str(error).split())})") from None
 
 
@@ -101,7 +101,7 @@ def take_up(folder: Path, environment: Mapping[str, str]) -> None:
 def _environment(folder: Path) -> dict[str, Any]:
     """What a run began with; empty if that is not known."""
     try:
-        found = json.loads((folder / ENVIRONMENT).read_text())
+        found = parse((folder / ENVIRONMENT).read_text())
         return found if isinstance(found, dict) else {}
     except (OSError, ValueError):
         return {}
@@ -115,8 +115,3 @@ def _threads(folder: Path) -> int | None:
 def _plain(value: Any) -> Any:
     """As files have it: lists for tuples."""
     return json.loads(json.dumps(value))
-
-
-def _tuples(value: Any) -> Any:
-    """Lists as the options have them."""
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value

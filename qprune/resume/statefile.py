@@ -17,6 +17,7 @@ from torch import Tensor
 from qprune.checkpoint import read
 from qprune.errors import CheckpointError
 from qprune.files import write_atomically
+from qprune.plainjson import parse
 
 FORMAT = "qprune-run"
 VERSION = "1"
@@ -41,7 +42,7 @@ def read_state(path: Path) -> Any:
     if header.get("digest") != _digest(text, tensors):
         raise CheckpointError(f"{path} is damaged: its contents do not give the digest that it was written with")
     try:
-        return _unpack(json.loads(text), tensors)
+        return _unpack(parse(text), tensors)
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{path} is no checkpoint of a run ({type(error).__name__} in its header)") from None
 

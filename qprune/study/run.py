@@ -13,6 +13,7 @@ import yaml
 
 from qprune.errors import StudyError
 from qprune.files import write_atomically
+from qprune.plainyaml import read_mapping
 from qprune.seeds import environment
 from qprune.study.analysis import METRICS, analyse
 from qprune.study.grid import Point
@@ -69,8 +70,8 @@ def open_folder(folder: Path, options: StudyOptions, storage: str | None) -> Non
     path = folder / "options.yaml"
     if path.exists():
         try:
-            stored = yaml.safe_load(path.read_text())
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            stored = read_mapping(path)
+        except (OSError, ValueError) as error:
             raise StudyError(f"{path} is damaged ({' '.join(str(error).split())}); restore it, or choose another folder") from None
         check_options(stored, options.as_dict(), str(folder))
         if stored != options.as_dict():
