@@ -69,6 +69,7 @@ def search(
     arch_lr: Annotated[float, typer.Option(help="Learning rate of the gates.")] = 0.02,
     convention: Annotated[str, typer.Option(help="How bit operations are counted: product, zur or uniq.")] = "product",
     deterministic: Annotated[bool, typer.Option("--deterministic", help="The same seed gives the same bits again on one device.")] = False,
+    device: Annotated[str, typer.Option(help="auto (a CUDA GPU if there is one), cpu, cuda or cuda:N.")] = "auto",
     threads: Threads = 0,
     overwrite: Overwrite = False,
     resume: Annotated[
@@ -92,7 +93,7 @@ def search(
         "method_options": arguments.settings(setting or ()),
         "edge_bits": edge_bits, "float_epochs": float_epochs, "search_epochs": search_epochs, "finetune_epochs": finetune_epochs,
         "batch_size": batch_size, "lr": lr, "search_lr": search_lr, "finetune_lr": finetune_lr, "arch_lr": arch_lr,
-        "seed": seed, "seeds": seeds, "convention": convention, "deterministic": deterministic,
+        "seed": seed, "seeds": seeds, "convention": convention, "deterministic": deterministic, "device": device,
     }  # fmt: skip
     began = stored_options(out) if resume else None
     if began is not None:

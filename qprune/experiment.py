@@ -24,6 +24,7 @@ from qprune.nn.codebook import CodebookRefresh, codebook_layers
 from qprune.options import RunOptions
 from qprune.overhead import overhead
 from qprune.policy import Policy
+from qprune.precision import device_of
 from qprune.recipes import Recipe, recipe_for
 from qprune.record import record_of
 from qprune.resume.checkpoints import Checkpoints
@@ -80,7 +81,7 @@ class Network:
 
 
 class Experiment:
-    """The phases of one seed, in the folder where its results go.
+    """The phases of one seed, in the folder where its results go, on the options' device.
 
     recipe       None: that of the options' method
     checkpoints  where phases leave their state, and find it if they were run before; None: nowhere
@@ -94,8 +95,9 @@ class Experiment:
     ) -> None:  # fmt: skip
         self.checkpoints = checkpoints
         self.restored: set[str] = set()
-        self.options, self.task, self.seed, self.folder, self.watcher = options, task, seed, folder, watcher
-        self.example = task.example()
+        self.device = device_of(options.device)
+        self.options, self.task, self.seed, self.folder, self.watcher = options, task.to(self.device), seed, folder, watcher
+        self.example = self.task.example()
         self.meter = Meter()
         self.generator = torch.Generator().manual_seed(seed)
         self.recipe = recipe_for(options, self.example) if recipe is None else recipe
@@ -103,13 +105,12 @@ class Experiment:
     def run(self) -> dict[str, Any]:
         """All phases, or those that are left. Writes policy.json and model.safetensors; returns this seed's entry of result.json.
 
-        What is no phase (making a network searchable, choosing the policy, converting) is cheap and always done again, from the same
         What is no phase (making a network searchable, converting) is cheap and always done again, from the same numbers. Raises
         NonFiniteError and OutOfMemoryError as qprune.resume.failures tells, Stopped if the checkpoints were asked to stop.
         """
         seed_all(self.seed)
         options = self.options
-        net = network_of(options, self.task)
+        net = network_of(options, self.task).to(self.device)
         self.recipe.check(net)
         self.train("float", net, options.float_epochs, options.lr)
         search, policy, searched = self.searched(net)

@@ -10,6 +10,7 @@ from typing import Any
 from qprune.budget import Budget
 from qprune.conventions import CONVENTIONS
 from qprune.errors import QPruneError
+from qprune.precision import is_device
 from qprune.search.driver import METHODS
 from qprune.space import SearchSpace
 from qprune.tasks import data, models
@@ -46,6 +47,7 @@ class RunOptions:
                         alternates between epochs of logits and of weights, which are quantized in stages
     method_options      further arguments of the method, by name
     deterministic       only algorithms that give the same bits again on one device (see qprune.resume.randomness)
+    device              auto (a CUDA GPU if there is one), cpu, cuda or cuda:N
     """
 
     data: str = "digits"
@@ -75,6 +77,7 @@ class RunOptions:
     data_options: Mapping[str, Any] = field(default_factory=dict)
     weights: str = ""
     deterministic: bool = False
+    device: str = "auto"
 
     def __post_init__(self) -> None:
         check_sources(self)
@@ -96,6 +99,8 @@ class RunOptions:
         for name in ("float_epochs", "search_epochs", "batch_size", "seeds", "lr", "search_lr", "finetune_lr", "arch_lr"):
             if not getattr(self, name) > 0 and not (name == "float_epochs" and self.float_epochs == 0 and self.weights):
                 raise OptionError(f"{name} must be positive, got {getattr(self, name)}")
+        if not is_device(self.device):
+            raise OptionError(f"device: expected auto, cpu, cuda or cuda:N, got {self.device!r}")
         if self.finetune_epochs < 0:
             raise OptionError(f"finetune_epochs must not be negative, got {self.finetune_epochs}")
 

@@ -151,7 +151,7 @@ class Slimmable(Method):
                 set_widths(self.model, widths)
                 loss = self.task_loss(closure, batch)
                 loss.backward()  # type: ignore[no-untyped-call]
-                total += loss.detach()
+                total += loss.detach().to(total.device)
         finally:
             self._widen()
         self.optimizers.step_weights()
