@@ -20,7 +20,7 @@ from qprune.experiment import Experiment, Watcher
 from qprune.files import write_atomically
 from qprune.geometry import Geometry, trace_geometry
 from qprune.options import OptionError, RunOptions
-from qprune.precision import described, device_of
+from qprune.precision import check, described, device_of
 from qprune.report import write_report
 from qprune.result import read_result
 from qprune.resume.checkpoints import Checkpoints
@@ -156,6 +156,7 @@ def run(
                     _tidy(folder)
                     return done
                 take_up(folder, environment(options.device))
+            check(options)
             surroundings = environment(options.device)
             if options.deterministic:
                 be_deterministic()
