@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
@@ -85,7 +86,11 @@ def switched(switches: Switches) -> Iterator[torch.device]:
 def compiled(model: nn.Module, on: bool = True) -> Iterator[None]:
     """Within, calls of the model go through torch.compile; its class, its hooks and the keys of its state_dict stay."""
     if on:
-        model.compile(backend=COMPILER)
+        torch.compiler.reset()  # what other models were compiled to counts towards the limit of variants of one function
+        with warnings.catch_warnings():
+            # of torch, for a class of its own, when the compiler is imported
+            warnings.filterwarnings("ignore", message="`torch.jit.script_method` is deprecated", category=DeprecationWarning)
+            model.compile(backend=COMPILER)
     try:
         yield
     finally:
