@@ -75,6 +75,14 @@ def search(
     arch_lr: Annotated[float, typer.Option(help="Learning rate of the gates.")] = 0.02,
     convention: Annotated[str, typer.Option(help="How bit operations are counted: product, zur or uniq.")] = "product",
     deterministic: Annotated[bool, typer.Option("--deterministic", help="The same seed gives the same bits again on one device.")] = False,
+    device: Annotated[str, typer.Option(help="auto (a CUDA GPU if there is one), cpu, cuda or cuda:N.")] = "auto",
+    amp: Annotated[str, typer.Option(help="bf16 or fp16: train in mixed precision. Default: float32.")] = "",
+    channels_last: Annotated[bool, typer.Option("--channels-last/--no-channels-last", help="Layout of images and weights.")] = True,
+    compiled: Annotated[bool, typer.Option("--compile", help="Train through torch.compile.")] = False,
+    tf32: Annotated[
+        bool | None, typer.Option("--tf32/--no-tf32", help="Tensor cores for float32 on GPUs. Default: convolutions only.")
+    ] = None,
+    cuda_graph: Annotated[bool, typer.Option("--cuda-graph", help="Replay the steps of the search as CUDA graphs.")] = False,
     threads: Threads = 0,
     overwrite: Overwrite = False,
     resume: Annotated[
@@ -101,6 +109,7 @@ def search(
         "edge_bits": edge_bits, "float_epochs": float_epochs, "search_epochs": search_epochs, "finetune_epochs": finetune_epochs,
         "batch_size": batch_size, "lr": lr, "search_lr": search_lr, "finetune_lr": finetune_lr, "arch_lr": arch_lr,
         "seed": seed, "seeds": seeds, "convention": convention, "deterministic": deterministic,
+        "device": device, "amp": amp, "channels_last": channels_last, "compile": compiled, "tf32": tf32, "cuda_graph": cuda_graph,
     }  # fmt: skip
     flags = {name: value for name, value in values.items() if _given(context, name)}
     given = configuration.merged(config, overrides or (), flags)
@@ -351,7 +360,7 @@ def bench(
 
 def _given(context: typer.Context, name: str) -> bool:
     """The option of the run was given on the command line."""
-    name = {"method_options": "setting", "data_options": "data_option"}.get(name, name)
+    name = {"method_options": "setting", "data_options": "data_option", "compile": "compiled"}.get(name, name)
     source = context.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE"
 

@@ -24,6 +24,7 @@ from qprune.nn.codebook import CodebookRefresh, codebook_layers
 from qprune.options import RunOptions
 from qprune.overhead import overhead
 from qprune.policy import Policy
+from qprune.precision import AMP, Contiguous, compiled, device_of, switched
 from qprune.recipes import Recipe, recipe_for
 from qprune.record import record_of
 from qprune.resume.checkpoints import Checkpoints
@@ -80,7 +81,7 @@ class Network:
 
 
 class Experiment:
-    """The phases of one seed, in the folder where its results go.
+    """The phases of one seed, in the folder where its results go, on the options' device.
 
     recipe       None: that of the options' method
     checkpoints  where phases leave their state, and find it if they were run before; None: nowhere
@@ -94,8 +95,9 @@ class Experiment:
     ) -> None:  # fmt: skip
         self.checkpoints = checkpoints
         self.restored: set[str] = set()
-        self.options, self.task, self.seed, self.folder, self.watcher = options, task, seed, folder, watcher
-        self.example = task.example()
+        self.device = device_of(options.device)
+        self.options, self.task, self.seed, self.folder, self.watcher = options, task.to(self.device), seed, folder, watcher
+        self.example = self.task.example()
         self.meter = Meter()
         self.generator = torch.Generator().manual_seed(seed)
         self.recipe = recipe_for(options, self.example) if recipe is None else recipe
@@ -103,13 +105,18 @@ class Experiment:
     def run(self) -> dict[str, Any]:
         """All phases, or those that are left. Writes policy.json and model.safetensors; returns this seed's entry of result.json.
 
-        What is no phase (making a network searchable, choosing the policy, converting) is cheap and always done again, from the same
         What is no phase (making a network searchable, converting) is cheap and always done again, from the same numbers. Raises
         NonFiniteError and OutOfMemoryError as qprune.resume.failures tells, Stopped if the checkpoints were asked to stop.
         """
+        with switched(self.options):
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
         seed_all(self.seed)
         options = self.options
-        net = network_of(options, self.task)
+        net = network_of(options, self.task).to(self.device)
+        if not options.channels_last:
+            net.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         self.recipe.check(net)
         self.train("float", net, options.float_epochs, options.lr)
         search, policy, searched = self.searched(net)
@@ -149,21 +156,28 @@ class Experiment:
 
     def batches(self) -> list[Tensor]:
         """A few training inputs, to set ranges from."""
-        loader = self.task.loader("train", self.options.batch_size, self.generator)
-        return [x for x, _ in itertools.islice(loader, CALIBRATION_BATCHES)]
+        return [x for x, _ in itertools.islice(self._loader("train"), CALIBRATION_BATCHES)]
+
+    def _loader(self, part: str | Part) -> Batches:
+        """Of training data, shuffled and augmented, in the layout of the options."""
+        loader = self.task.loader(part, self.options.batch_size, self.generator)
+        return loader if self.options.channels_last else Contiguous(loader)
+
+    def _accuracy(self, net: nn.Module, part: str) -> float:
+        return accuracy_on(net, self.task.loader(part, 256), channels_last=self.options.channels_last)[1]
 
     def _search(self, net: nn.Module) -> Search:
         options, method = self.options, METHODS[self.options.method]
         mixed = self.recipe.prepare(net, self.batches())
         weight_part, arch_part = self.task.train_halves(self.seed) if method.two_streams else (self.task.train, None)
-        loader = self.task.loader(weight_part, options.batch_size, self.generator)
+        loader = self._loader(weight_part)
         chosen = {"seed": self.seed} if "seed" in method.options() else {}
         # the outer loop begins its stages anew in every epoch, at the same rate
         steps = options.search_epochs * len(loader) if options.loop == "steps" else None
         search = Search(
             mixed, Budget.parse(options.budget), options.method,
             steps=steps, weight_lr=options.search_lr, arch_lr=options.arch_lr, convention=options.convention,
-            **{**chosen, **options.of_search()},
+            autocast=AMP[options.amp], cuda_graph=options.cuda_graph, **{**chosen, **options.of_search()},
         )  # fmt: skip
         phase = self._phase("search", mixed, search, needed=True)
         if phase.ended:
@@ -175,7 +189,7 @@ class Experiment:
 
         def on_epoch(values: dict[str, Any]) -> None:
             with search.method.chosen():
-                values["val_accuracy"] = accuracy_on(mixed, self.task.loader("val", 256))[1]
+                values["val_accuracy"] = self._accuracy(mixed, "val")
             self._record(phase, values)
 
         with self._running(phase):
@@ -191,23 +205,23 @@ class Experiment:
         on_step: Callable[[StepResult], None],
         on_epoch: Callable[[dict[str, Any]], None],
     ) -> None:
-        epochs, size = self.options.search_epochs, self.options.batch_size
+        epochs = self.options.search_epochs
         if self.options.loop == "steps":
-            arch_loader = None if arch_part is None else self.task.loader(arch_part, size, self.generator)
+            arch_loader = None if arch_part is None else self._loader(arch_part)
             self._watch(phase, epochs * len(loader))
             search.fit(loader, arch_loader, epochs - len(search.history), on_step=on_step, on_epoch=on_epoch, passes=phase)
             return
         assert arch_part is not None and isinstance(search.method, Zur)
         parts = arch_part.divided([1 / ARCH_PARTS] * ARCH_PARTS, self.seed)
-        arch_loaders = [self.task.loader(part, size, self.generator) for part in parts]
+        arch_loaders = [self._loader(part) for part in parts]
         steps = sum(len(arch_loaders[epoch % ARCH_PARTS]) for epoch in range(epochs))
         self._watch(phase, steps + epochs * len(search.method.stages.epochs) * len(loader))
         alternate(search, loader, arch_loaders, epochs, on_step=on_step, on_epoch=on_epoch, passes=phase)
 
     def train(self, name: str, net: nn.Module, epochs: int, lr: float) -> None:
         """Train a network in place, on all of the training data; shared weights follow theirs."""
-        loader = self.task.loader("train", self.options.batch_size, self.generator)
-        trainer = Trainer(net, epochs, lr=lr)
+        loader = self._loader("train")
+        trainer = Trainer(net, epochs, lr=lr, autocast=AMP[self.options.amp], channels_last=self.options.channels_last)
         phase = self._phase(name, net, trainer)
         if phase.ended:
             return
@@ -242,8 +256,9 @@ class Experiment:
 
     @contextmanager
     def _running(self, phase: Phase) -> Iterator[None]:
-        """The training loop of a phase is measured, and its errors say what to do."""
-        with explained(phase, self.options, self.seed), self.meter.phase(phase.name, phase.earlier):
+        """The training loop of a phase is compiled if asked for, measured, and its errors say what to do."""
+        fast = self.options.compile and not (phase.name == "search" and self.options.method == "slimmable")
+        with explained(phase, self.options, self.seed), self.meter.phase(phase.name, phase.earlier), compiled(phase.model, fast):
             yield
         phase.end(self.meter.phases[phase.name])
 
@@ -268,8 +283,8 @@ class Experiment:
         cost = cost_of(net, None if known else self.example, self.options.convention, Policy(books, geometry) if books else None)
         return Network(
             label,
-            accuracy_on(net, self.task.loader("test", 256))[1],
-            accuracy_on(net, self.task.loader("val", 256))[1],
+            self._accuracy(net, "test"),
+            self._accuracy(net, "val"),
             float(cost.bops),
             float(cost.macs),
             float(stored_sizes(net).total.values if books else cost.size_bits),

@@ -11,6 +11,7 @@ from typing import Any
 from qprune.budget import Budget
 from qprune.conventions import CONVENTIONS
 from qprune.errors import QPruneError
+from qprune.precision import AMP, is_device
 from qprune.search.driver import METHODS
 from qprune.space import SearchSpace
 from qprune.tasks import data, models
@@ -47,6 +48,13 @@ class RunOptions:
                         alternates between epochs of logits and of weights, which are quantized in stages
     method_options      further arguments of the method, by name
     deterministic       only algorithms that give the same bits again on one device (see qprune.resume.randomness)
+    device              auto (a CUDA GPU if there is one), cpu, cuda or cuda:N
+    amp                 "bf16" or "fp16": training computes in this format what torch.autocast lets it; parameters, quantizers and what is
+                        measured are float32
+    channels_last       layout of images and weights
+    compile             training goes through torch.compile (the search of method slimmable, whose shapes change in every step, does not)
+    tf32                tensor cores for float32 on CUDA GPUs: True, False, or None for torch's own choice (convolutions only)
+    cuda_graph          the search replays its steps as CUDA graphs
     """
 
     data: str = "digits"
@@ -76,6 +84,12 @@ class RunOptions:
     data_options: Mapping[str, Any] = field(default_factory=dict)
     weights: str = ""
     deterministic: bool = False
+    device: str = "auto"
+    amp: str = ""
+    channels_last: bool = True
+    compile: bool = False
+    tf32: bool | None = None
+    cuda_graph: bool = False
 
     def __post_init__(self) -> None:
         check_sources(self)
@@ -100,8 +114,22 @@ class RunOptions:
                 raise OptionError(f"{name} must be {expected}, got {getattr(self, name)}")
         if not -(2**63) <= self.seed < 2**63 - self.seeds:
             raise OptionError(f"seed: expected a number of 64 bits, got {self.seed}")
+        if not is_device(self.device):
+            raise OptionError(f"device: expected auto, cpu, cuda or cuda:N, got {self.device!r}")
+        self._check_speed()
         if self.finetune_epochs < 0:
             raise OptionError(f"finetune_epochs must not be negative, got {self.finetune_epochs}")
+
+    def _check_speed(self) -> None:
+        if self.amp not in AMP:
+            raise OptionError(f"amp: expected bf16 or fp16, got {self.amp!r}")
+        if self.cuda_graph and self.method not in ("edmips", "darts", "sbs"):
+            raise OptionError(f"cuda_graph: the steps of method {self.method} cannot be recorded; leave it out")
+        second_order = self.method_options.get("second_order")
+        if self.cuda_graph and (second_order or self.compile):
+            raise OptionError(f"cuda_graph: does not go with {'second_order' if second_order else 'compile'}; leave out one of them")
+        if self.amp == "fp16" and (second_order or self.cuda_graph):
+            raise OptionError(f"amp: fp16 does not go with {'second_order' if second_order else 'cuda_graph'}; take bf16")
 
     def space(self) -> SearchSpace:
         """The candidates of the layers that are searched."""

@@ -21,6 +21,7 @@ from qprune.files import write_atomically
 from qprune.geometry import Geometry, trace_geometry
 from qprune.options import OptionError, RunOptions
 from qprune.plainjson import parse
+from qprune.precision import check, described, device_of
 from qprune.report import write_report
 from qprune.result import read_result
 from qprune.resume.checkpoints import Checkpoints
@@ -152,18 +153,20 @@ def run(
             if began is not None:
                 check_same(began, folder, options.as_dict())
                 _sweep(folder)
-                take_up(folder, environment())
                 done = finished(folder)
                 if done is not None:
                     _tidy(folder)
                     return done
+                take_up(folder, environment(options.device))
+            check(options)
+            surroundings = environment(options.device)
             if options.deterministic:
                 be_deterministic()
             task = task_of(options)
             geometry = Geometry(trace_geometry(network_of(options, task), task.example()))
             if began is None:
                 open_folder(folder, overwrite)
-                begin(folder, options, environment())
+                begin(folder, options, surroundings)
             return _run(options, task, geometry, folder, watcher, lambda place: Checkpoints(place / STATES, minutes, keep, stop))
         except Stopped as stopped:
             raise Stopped(stopped.number, f"{stopped}; go on with: qprune search --resume --out {folder}") from None
@@ -200,7 +203,7 @@ def _run(
     result = {
         "format": FORMAT,
         "options": options.as_dict(),
-        "environment": environment(),
+        "environment": environment(options.device),
         "budget": {"text": options.budget, "limits": limits},
         "layers": [
             {"name": g.name, "kind": g.kind, "filters": g.filters, "macs": g.macs, "weights": g.weights} for g in geometry.layers.values()
@@ -243,17 +246,18 @@ def _tidy(folder: Path) -> None:
         (place / SEED).unlink(missing_ok=True)
 
 
-def environment() -> dict[str, str]:
-    """Versions and machine, as the report shows them."""
+def environment(device: str = "cpu") -> dict[str, str]:
+    """Versions and machine, as the report shows them. device: a word of `qprune.precision.device_of`."""
     from qprune import __version__
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    found = device_of(device)
     return {
         "qprune": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": version("numpy"),
         "scipy": version("scipy"),
-        "device": device,
+        "device": described(found),
+        "computed on": str(found),
         "threads": str(torch.get_num_threads()),
     }

@@ -95,7 +95,7 @@ class CompareOptions:
         searched = method if method in METHODS else method.removeprefix("uniform-")
         carrier = searched if searched in METHODS else _CARRIER
         shared = {f.name for f in dataclasses.fields(RunOptions)} & {f.name for f in dataclasses.fields(self)}
-        values: dict[str, Any] = {name: getattr(self, name) for name in shared}
+        values: dict[str, Any] = {"device": "cpu"} | {name: getattr(self, name) for name in shared}
         method_options: dict[str, Any] = {}
         for name, value in {**more, **self.settings.get(method, {})}.items():
             if method in _PRUNES and name in _PRUNING_SETTINGS:

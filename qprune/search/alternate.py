@@ -62,6 +62,8 @@ def alternate(
     def task(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         return loss(model(x), y)
 
+    task = search.cast(task)
+
     def mean_losses(choices: dict[str, Tensor]) -> list[float]:
         batches = [batch for loader in arch_loaders for batch in _batches(loader, search.model)]
         total = torch.stack([losses(search.model, choices, task, batch, method.statistics) * len(batch[1]) for batch in batches]).sum(0)
@@ -132,7 +134,7 @@ def _epoch(
         go(weight_loader, method.weight_step)
     entry["loss"] = mean()
     worst = running["values"].tolist()
-    return entry | {"cost_ratio": worst[1], "multiplier": worst[2], **method.summary()}
+    return entry | {"cost_ratio": worst[1], "multiplier": worst[2], **search.skips(), **method.summary()}
 
 
 def homogeneous_choices(configurations: Configurations) -> tuple[list[str], dict[str, Tensor]]:

@@ -177,7 +177,7 @@ class Annc(Method):
         """The step of the optimizer, and the proximal step of ρ/2 ‖W − V + U‖²."""
         self.optimizers.zero_grad()
         loss = self.task_loss(self.distillation.wrap(closure) if self.distillation is not None else closure, batch)
-        loss.backward()
+        self.backward(loss)
         if self.clip_grad is not None:
             nn.utils.clip_grad_norm_(weight_parameters(self.model), self.clip_grad)
         self.optimizers.step_weights()

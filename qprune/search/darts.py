@@ -47,7 +47,7 @@ class Darts(Method):
     def weight_update(self, closure: Closure, batch: Sequence[Tensor]) -> Tensor:
         self.optimizers.zero_grad()
         loss = self.task_loss(closure, batch)
-        loss.backward()
+        self.backward(loss)
         self.optimizers.step_weights()
         with torch.no_grad():
             return self.values(loss, self.constraint.slack(self.expected_cost()))
@@ -56,7 +56,7 @@ class Darts(Method):
         self.optimizers.zero_grad()
         slack = self.constraint.slack(self.expected_cost())
         loss = self.task_loss(closure, batch)
-        (loss + self.constraint.penalty(slack)).backward()
+        self.backward(loss + self.constraint.penalty(slack))
         self.optimizers.step_arch()
         self.constraint.update(slack)
         return self.values(loss, slack)

@@ -17,6 +17,7 @@ from qprune.geometry import ExampleInputs
 from qprune.nn.mixing import Mixing
 from qprune.passes import Passes, endless, following
 from qprune.policy import Policy
+from qprune.precision import loss_scale
 from qprune.prepare import fixed_layers
 from qprune.record import Record, attach, record_of, unwrap
 from qprune.search.annc import Annc
@@ -62,6 +63,8 @@ class Search:
                     network, for one more pass over every input
     cuda_graph      record the whole step as a CUDA graph and replay it: one launch, no waiting for the device within a step. Batches must
                     be passed to `step` (as `fit` does), and a loss that is not finite is reported by the next step, parameters unchanged
+    autocast        bfloat16 or float16: the format in which closures compute what torch.autocast lets them; parameters, quantizers,
+                    gates and costs stay as they are. With float16 losses are scaled, and updates whose gradients overflow are left out
     method_options  of the method, such as second_order=True for "darts", samples=4 for "zur"
 
     Raises QPruneError for an unknown method, InputError where the geometry is unknown, and InfeasibleBudgetError for a budget that no
@@ -87,12 +90,16 @@ class Search:
         example_inputs: ExampleInputs | None = None,
         cuda_graph: bool = False,
         recompute: bool = False,
+        autocast: torch.dtype | None = None,
         **method_options: Any,
     ) -> None:
         if method not in METHODS:
             raise QPruneError(f"unknown method {method!r}; expected one of {', '.join(METHODS)}")
         if not isinstance(budget, Budget):
             raise InputError(f"Search: budget must be a Budget, got {type(budget).__name__}; for example Budget(bops='w4a4')")
+        if autocast == torch.float16 and (cuda_graph or method_options.get("second_order")):
+            what = "cuda_graph" if cuda_graph else "second_order"
+            raise InputError(f"Search: {what}=True cannot leave out updates as float16 needs it; take autocast=torch.bfloat16")
         record = record_of(model)
         geometry = geometry_of(model, example_inputs)
         if record is None or record.geometry is None:
@@ -110,6 +117,8 @@ class Search:
         constraint = Constraint(self.limits, dual_rate, rho, device=device)
         optimizers = Optimizers(model, weight_lr, arch_lr, quantizer_lr, weight_decay, momentum, steps, recordable=cuda_graph)
         self.method = METHODS[method](model, constraint, optimizers, convention, recorder, **method_options)
+        self.autocast, self._device = autocast, device
+        self.method.loss_scale = loss_scale(autocast, device)
         self._hits = torch.zeros((), dtype=torch.int64, device=device)
         self.steps, self.final_temperature = steps, final_temperature
         self.history: list[dict[str, Any]] = []
@@ -134,7 +143,23 @@ class Search:
             raise InputError("cuda_graph=True: pass what changes from step to step as step(closure, batch=(x, y)), closure(model, x, y)")
         if self.steps:
             set_gates(self.model, temperature=self.final_temperature ** min(self.method.steps / self.steps, 1.0))
-        return self.method.step(closure, arch_closure, batch, arch_batch)
+        arch_closure = None if arch_closure is None else self.cast(arch_closure)
+        return self.method.step(self.cast(closure), arch_closure, batch, arch_batch)
+
+    def skips(self) -> dict[str, int]:
+        """With float16: {"skipped": updates left out so far}, for the history."""
+        return {} if self.method.loss_scale is None else {"skipped": self.method.loss_scale.skipped}
+
+    def cast(self, closure: Closure) -> Closure:
+        """The closure in the format of `autocast`."""
+        if self.autocast is None:
+            return closure
+
+        def inside(model: nn.Module, *batch: Tensor) -> Tensor:
+            with torch.autocast(self._device.type, dtype=self.autocast):
+                return closure(model, *batch)
+
+        return inside
 
     def fit(
         self,
@@ -215,6 +240,7 @@ class Search:
             "accuracy": int(self._hits) / (running["samples"] * self.method.passes),
             "cost_ratio": result.cost_ratio,
             "multiplier": result.multiplier,
+            **self.skips(),
             **self.method.summary(),
         }
 

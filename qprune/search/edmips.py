@@ -33,7 +33,7 @@ class EdMIPS(Method):
         self.optimizers.zero_grad()
         loss = self.task_loss(closure, batch)
         slack = self.constraint.slack(self.expected_cost())
-        (loss + self.constraint.penalty(slack)).backward()
+        self.backward(loss + self.constraint.penalty(slack))
         self.optimizers.step_weights()
         self.optimizers.step_arch()
         self.constraint.update(slack)

@@ -19,6 +19,7 @@ from qprune.gates import gates
 from qprune.health import first_nonfinite_layer, nonfinite_gradient
 from qprune.nn.premix import Premix
 from qprune.policy import Policy
+from qprune.precision import LossScale
 from qprune.record import record_of, unwrap
 from qprune.search.allocate import allocate, check_feasible
 from qprune.search.constraint import Constraint
@@ -63,6 +64,7 @@ class Method:
 
     recorder  replays updates as CUDA graphs. Nothing may then wait for the device within an update: one with a loss that is not finite
               changes no parameter, and `settle` raises afterwards
+    loss_scale  attribute: for closures that compute in float16
     """
 
     name: ClassVar[str]
@@ -84,6 +86,7 @@ class Method:
         self.steps = 0
         self._unsettled: tuple[StepResult, Closure, Sequence[Tensor]] | None = None
         self._loss: Tensor | None = None
+        self.loss_scale: LossScale | None = None
         if recorder is None:
             optimizers.check = self._check_gradients
 
@@ -147,6 +150,24 @@ class Method:
         self._loss = loss.detach()
         return loss
 
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of what is to be updated by, ready to use."""
+        self.scaled(loss).backward()  # type: ignore[no-untyped-call]
+        self.unscale()
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """For several backward passes that add up: each of its `scaled` loss, then `unscale`."""
+        return loss if self.loss_scale is None else self.loss_scale.scaled(loss)
+
+    def unscale(self) -> None:
+        """With a loss scale: divide the gradients by it. If they overflow, no update is made with them; NonFiniteError at the scale's
+        limit."""
+        if self.loss_scale is None:
+            return
+        parameter = self.optimizers.unscale(self.loss_scale, lambda: nonfinite_gradient(self.model))
+        if parameter is not None and self.loss_scale.hopeless:
+            raise NonFiniteError(self.steps, None, math.nan if self._loss is None else float(self._loss), parameter)
+
     def _check_gradients(self) -> None:
         """Raise NonFiniteError if a gradient is NaN or infinite; the optimizers call it before they change anything."""
         parameter = nonfinite_gradient(self.model)
@@ -185,10 +206,13 @@ class Method:
         return {"entropy": sum(entropies) / len(entropies) if entropies else 0.0, "expected": expected}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": self.steps, "multipliers": self.constraint.multipliers, "optimizers": self.optimizers.state_dict()}
+        scale = {} if self.loss_scale is None else {"loss_scale": self.loss_scale.state_dict()}
+        return {"steps": self.steps, "multipliers": self.constraint.multipliers, "optimizers": self.optimizers.state_dict(), **scale}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.steps, self.constraint.multipliers = state["steps"], state["multipliers"]
         self.optimizers.load_state_dict(state["optimizers"])
+        if self.loss_scale is not None and "loss_scale" in state:
+            self.loss_scale.load_state_dict(state["loss_scale"])
         if self.recorder is not None:
             self.recorder.clear()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qprune.precision import LossScale
 from qprune.prepare import arch_parameters, quantizer_parameters, weight_parameters
 
 
@@ -18,6 +19,7 @@ class Optimizers:
     total       steps after which weights and quantizers have cooled down to 0 along a half cosine; None: constant rates
     recordable  updates work on the device alone, so that they can be part of a CUDA graph: fused kernels, rates as tensors
     check       attribute: called before every update, to raise for gradients that must not be used; None: nothing is called
+    resting     attribute: updates are left out until the gradients are made anew
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class Optimizers:
         ]
         self.model, self.total = model, total
         self.check: Callable[[], None] | None = None
+        self.resting = False
         device = weights[0].device if weights else None
         options: dict[str, Any] = {"fused": True} if recordable else {}
         adam: dict[str, Any] = {**options, "capturable": True} if recordable and device is not None and device.type == "cuda" else options
@@ -61,6 +64,7 @@ class Optimizers:
 
     def zero_grad(self) -> None:
         self.model.zero_grad(set_to_none=True)
+        self.resting = False
 
     def schedule(self, step: int) -> None:
         """Set the rates of step 0, 1, …"""
@@ -79,7 +83,17 @@ class Optimizers:
         for optimizer in self._all().values():
             optimizer.found_inf = flag.to(torch.float32)  # type: ignore[attr-defined]
 
+    def unscale(self, scale: LossScale, nonfinite: Callable[[], str | None]) -> str | None:
+        """See LossScale.unscale. Gradients that overflow become 0, and updates rest."""
+        found = scale.unscale(self._all().values(), nonfinite)
+        if found is not None:
+            torch._foreach_zero_([p.grad for p in self.model.parameters() if p.grad is not None])
+            self.resting = True
+        return found
+
     def step_weights(self) -> None:
+        if self.resting:
+            return
         if self.check is not None:
             self.check()
         self.weights.step()
@@ -87,6 +101,8 @@ class Optimizers:
             self.quantizers.step()
 
     def step_arch(self) -> None:
+        if self.resting:
+            return
         if self.check is not None:
             self.check()
         if self.arch is not None:

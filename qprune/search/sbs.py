@@ -138,7 +138,7 @@ class Sbs(Method):
         loss = self.task_loss(closure, batch)
         slack = self.constraint.slack(self.expected_cost())
         penalty = self.constraint.penalty(slack) if self.lmbda is None else self.lmbda * slack.sum()
-        (loss + penalty).backward()
+        self.backward(loss + penalty)
         for gate in (*resting, *self._held()):
             gate.thresholds.grad = None
         learning = [p.grad for p in self._thresholds() if p.grad is not None]

@@ -150,10 +150,11 @@ class Slimmable(Method):
             for widths in itertools.chain(map(self.structure.homogeneous, self.ratios), map(self.named, drawn)):
                 set_widths(self.model, widths)
                 loss = self.task_loss(closure, batch)
-                loss.backward()  # type: ignore[no-untyped-call]
-                total += loss.detach()
+                self.scaled(loss).backward()  # type: ignore[no-untyped-call]
+                total += loss.detach().to(total.device)
         finally:
             self._widen()
+        self.unscale()
         self.optimizers.step_weights()
         return self._values(total / self.passes)
 

@@ -191,7 +191,7 @@ class Zur(Method):
         self.stages.renew(self.generator)
         self.optimizers.zero_grad()
         loss = self.task_loss(closure, batch)
-        loss.backward()
+        self.backward(loss)
         if self.clip_weights is not None:
             nn.utils.clip_grad_norm_(self._weights, self.clip_weights)
         if self.assignment == "sensitivity":

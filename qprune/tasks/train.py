@@ -22,6 +22,7 @@ from qprune.errors import InputError, NonFiniteError
 from qprune.health import first_nonfinite_layer, nonfinite_gradient
 from qprune.modes import kept_modes
 from qprune.passes import Passes, following
+from qprune.precision import laid_out, loss_scale
 from qprune.prepare import quantizer_parameters
 from qprune.record import unwrap
 
@@ -70,6 +71,11 @@ class Trainer:
     far the present pass is.
 
     Random numbers are not part of it: that of the loader's generator is to be what it was when the present pass began.
+
+    autocast       bfloat16 or float16: the format of forward passes and losses in training; parameters stay as they are. With float16
+                   the loss is scaled, and updates whose gradients overflow are left out, with their number in the records as "skipped";
+                   NonFiniteError after more than LossScale.limit in a row
+    channels_last  False: images in the plain layout
     """
 
     def __init__(
@@ -84,10 +90,12 @@ class Trainer:
         warmup: float = 0.1,
         loss: LossFunction = F.cross_entropy,
         autocast: torch.dtype | None = None,
+        channels_last: bool = True,
     ) -> None:
         if epochs < 0:
             raise InputError(f"epochs must not be negative, got {epochs}")
         self.model, self.epochs, self.warmup, self.loss, self.autocast = model, epochs, warmup, loss, autocast
+        self.channels_last, self.loss_scale = channels_last, loss_scale(autocast, device_of(model))
         self.history: list[dict[str, float]] = []
         self.step = 0
         self._running: Running | None = None
@@ -120,7 +128,7 @@ class Trainer:
         passes.begin()
         for x, y in following(loader, running.batches):
             passes.ready()
-            x, y = move(x, device), y.to(device, non_blocking=True)
+            x, y = move(x, device, self.channels_last), y.to(device, non_blocking=True)
             value = self._update(x, y, rate(self.step, total, self.warmup), running.batches)
             running.batches += 1
             running.samples += len(y)
@@ -140,6 +148,8 @@ class Trainer:
             "accuracy": self._correct.item() / running.samples,
             "seconds": time.perf_counter() - started,
         }
+        if self.loss_scale is not None:
+            record["skipped"] = self.loss_scale.skipped
         self._running = None
         self.history.append(record)
         return record
@@ -157,11 +167,13 @@ class Trainer:
             if not math.isfinite(value):
                 layer = first_nonfinite_layer(self.model, partial(unwrap(self.model), x))
                 raise NonFiniteError(self.step, layer, value).on(index, x, y)
-        loss.backward()  # type: ignore[no-untyped-call]
-        parameter = nonfinite_gradient(self.model)
-        if parameter is not None:
+        scale = self.loss_scale
+        (loss if scale is None else scale.scaled(loss)).backward()  # type: ignore[no-untyped-call]
+        nonfinite = partial(nonfinite_gradient, self.model)
+        parameter = nonfinite() if scale is None else scale.unscale([optimizer for optimizer, _ in self.optimizers], nonfinite)
+        if parameter is not None and (scale is None or scale.hopeless):
             raise NonFiniteError(self.step, None, value, parameter).on(index, x, y)
-        for optimizer, _ in self.optimizers:
+        for optimizer, _ in self.optimizers if parameter is None else ():
             optimizer.step()
         self._correct += (logits.detach().argmax(1) == y).sum()
         return value
@@ -179,7 +191,7 @@ class Trainer:
         for epoch in range(len(self.history), self.epochs):
             record = self.run_epoch(loader(epoch) if callable(loader) else loader, progress, passes)
             if val_loader is not None:
-                record["val_loss"], record["val_accuracy"] = evaluate(self.model, val_loader, self.loss)
+                record["val_loss"], record["val_accuracy"] = evaluate(self.model, val_loader, self.loss, self.channels_last)
             if on_epoch is not None:
                 on_epoch(record, self)
         return self.history
@@ -194,6 +206,7 @@ class Trainer:
             "step": self.step,
             "history": self.history,
             "running": None if running is None else asdict(running),
+            **({} if self.loss_scale is None else {"loss_scale": self.loss_scale.state_dict()}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -202,6 +215,8 @@ class Trainer:
             optimizer.load_state_dict(saved)
         self.step = state["step"]
         self.history = [dict(record) for record in state["history"]]
+        if self.loss_scale is not None and "loss_scale" in state:
+            self.loss_scale.load_state_dict(state["loss_scale"])
         running = state.get("running")
         self._running, self._left = None, None if running is None else Running(**running)
 
@@ -230,15 +245,18 @@ def fit(
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: Iterable[Any], loss: LossFunction = F.cross_entropy) -> tuple[float, float]:
-    """(mean loss, share of correct answers in 0..1) in eval mode; `loss` must be a mean over the batch. Module modes are put back."""
+def evaluate(
+    model: nn.Module, loader: Iterable[Any], loss: LossFunction = F.cross_entropy, channels_last: bool = True
+) -> tuple[float, float]:
+    """(mean loss, share of correct answers in 0..1) in eval mode; `loss` must be a mean over the batch. Module modes are put back.
+    channels_last: images are brought into this layout, False: into the plain one."""
     device = device_of(model)
     samples, loss_sum, correct = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int64)
     loss_sum, correct = loss_sum.to(device), correct.to(device)
     with kept_modes(model):
         model.eval()
         for x, y in loader:
-            x, y = move(x, device), y.to(device, non_blocking=True)
+            x, y = move(x, device, channels_last), y.to(device, non_blocking=True)
             logits = model(x)
             loss_sum += loss(logits, y) * len(y)
             correct += (logits.argmax(1) == y).sum()
@@ -254,8 +272,6 @@ def device_of(model: nn.Module) -> torch.device:
     return parameter.device if parameter is not None else torch.device("cpu")
 
 
-def move(x: Tensor, device: torch.device) -> Tensor:
-    """x on `device`; images in channels_last."""
-    if x.dim() == 4:
-        return x.to(device, non_blocking=True, memory_format=torch.channels_last)
-    return x.to(device, non_blocking=True)
+def move(x: Tensor, device: torch.device, channels_last: bool = True) -> Tensor:
+    """x on `device`; images in channels_last, or in the plain layout."""
+    return laid_out(x.to(device, non_blocking=True), channels_last)
