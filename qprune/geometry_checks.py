@@ -28,7 +28,7 @@ def _check_layer(layer: LayerGeometry) -> None:
     where = f"layer {layer.name!r:.80}"
     _expect(isinstance(layer.name, str) and isinstance(layer.kind, str), f"{where} has no name or kind")
     for key, most in (("filters", MOST), ("inputs", MOST), ("kernel", MOST), ("groups", MOST), ("positions", MOST_POSITIONS)):
-        least = 0 if key == "positions" else 1
+        least = 1 if key in ("kernel", "groups") else 0  # what lost all filters remains where something goes around it
         _expect(_whole(getattr(layer, key), most + 1) and getattr(layer, key) >= least, f"{where} has {getattr(layer, key)!r:.80} {key}")
     _expect(layer.channels <= MOST and layer.weights < 1 << 40, f"{where} is too large")
 
@@ -67,7 +67,7 @@ def _check_unit(name: str, unit: Unit, geometry: Geometry) -> None:
         _expect(all(_whole(c, MOST) for c in unit.channels), f"{where} has channels that layer {unit.source!r:.80} has not")
     elif unit.source in geometry.layers:
         filters = geometry.layers[unit.source].filters
-        _expect(layer.channels % filters == 0, f"{where} reads {layer.channels} channels of {filters} filters")
+        _expect(filters == 0 or layer.channels % filters == 0, f"{where} reads {layer.channels} channels of {filters} filters")
 
 
 def _layer(where: str, name: str, geometry: Geometry) -> LayerGeometry:
