@@ -134,6 +134,10 @@ def _truth(value: Any) -> bool:
     return value
 
 
+def _truth_or_none(value: Any) -> bool | None:
+    return None if value is None else _truth(value)
+
+
 def _list(value: Any) -> Sequence[Any]:
     if not isinstance(value, list | tuple):
         raise ValueError
@@ -165,6 +169,7 @@ _READERS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "int": ("a whole number", _whole),
     "float": ("a number", _number),
     "bool": ("true or false", _truth),
+    "bool | None": ("true, false or null", _truth_or_none),
     "tuple[int, ...]": ("bits like [2, 4, 8]", _bits),
     "tuple[tuple[int, int], ...]": ("pairs of weight and activation bits like [[2, 2], [8, 8]]", _pairs),
     "Mapping[str, Any]": ("names and plain values", _mapping),

@@ -164,3 +164,10 @@ def test_options_of_a_folder(tmp_path: Path) -> None:
 def test_options_must_be_finite() -> None:
     with pytest.raises(OptionError, match="lr must be finite, got inf"):
         RunOptions(lr=float("inf"))
+
+
+def test_a_switch_may_be_left_open() -> None:
+    assert read_words(["tf32=true"]) == {"tf32": True}
+    assert read_words(["tf32=null"]) == {"tf32": None}
+    with pytest.raises(OptionError, match="tf32: expected true, false or null, got 'fast'"):
+        read_words(["tf32=fast"])
