@@ -2,7 +2,7 @@
 
     python examples/deploy.py runs/deploy
 
-Searches the bits of every filter of resnet8 (0 = pruned) within 2 % of the float network's bit operations, takes out what is pruned,
+Searches the bits of every filter of resnet8 (0 = pruned) within 0.6 % of the float network's bit operations, takes out what is pruned,
 fine-tunes, estimates the normalisations again, folds them into the layers, proves that integers give the same, and writes the files.
 """
 
@@ -32,7 +32,7 @@ def main(folder: Path) -> None:
 
     model = qprune.prepare(net, SPACE, {"conv1": EDGE, "fc": EDGE}, x)
     qprune.calibrate(model, [task.train.x[:256]])
-    search = qprune.Search(model, qprune.Budget(bops="2%"), method="edmips", steps=15 * len(loader))
+    search = qprune.Search(model, qprune.Budget(bops="0.6%"), method="edmips", steps=15 * len(loader))
     for _ in range(15):
         for batch, labels in loader:
             search.step(lambda m, batch=batch, labels=labels: F.cross_entropy(m(batch), labels))

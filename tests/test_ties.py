@@ -363,6 +363,19 @@ def test_scores_count_a_shared_choice_once() -> None:
         assert total == pytest.approx(two_steps(model, policy), rel=1e-5)
 
 
+def test_filling_a_budget_prunes_fewer_and_those_that_are_least_wanted() -> None:
+    model = prepare(Stage(8), SearchSpace((0, 2, 4), (4,), granularity="filter"), example_inputs=IMAGE)
+    prune = layers_of(model)["a"].weight_gate.prune
+    odds = torch.linspace(2, 6, prune.logits.size(0))
+    prune.logits.data[:, 0] = odds  # the last are the least wanted
+    budget = Budget(bops="w2a4")
+    limit = budget.limits(geometry_of(model))["bops"]
+    sparse, filled = (allocate(model, budget, spend=True, fill=fill) for fill in (False, True))
+    rows = [[b == 0 for b in policy.bits("a").per_filter(8)] for policy in (sparse, filled)]
+    assert sum(rows[0]) > sum(rows[1]) and rows[1] == sorted(rows[1])
+    assert float(cost(sparse).bops) < 0.9 * limit <= float(cost(filled).bops) <= limit
+
+
 def test_undecided_gates_prune_nothing_that_the_budget_leaves() -> None:
     """Keeping a filter is one choice, however many widths it could then have and however many filters share it."""
     torch.manual_seed(0)
@@ -426,10 +439,10 @@ def test_what_a_search_prunes_can_be_removed(build: Callable[[], nn.Module]) -> 
     for name, gate in gates(model):
         if name.endswith(".prune"):
             gate.logits.data[::2, 0] += 4
-    search = Search(model, Budget(bops="w4a4"), method="edmips")
+    search = Search(model, Budget(bops="w2a2"), method="edmips")
     for _ in range(2):
         search.step(lambda m: m(IMAGE).square().mean())
-    policy = search.policy()
+    policy = allocate(model, Budget(bops="w4a4"), spend=True)
     pruned = {n: [b == 0 for b in policy.bits(n).per_filter(m.weight.size(0))] for n, m in layers_of(model).items()}
     for tie in ties_of(model):
         for (one, first), (other, second) in itertools.combinations(tie.items(), 2):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import nn
@@ -28,6 +28,8 @@ from qprune.ties import tied_channels
 _POINTS = 24
 _ROUNDS = 8
 _TINY = 1e-300
+_WELL_USED = 0.9
+_FIRST_BONUS, _LAST_BONUS, _HALVINGS = 0.5, 64.0, 3
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,7 @@ def allocate(
     scores: Mapping[str, LayerScores] | None = None,
     convention: str = "product",
     spend: bool = False,
+    fill: bool = False,
 ) -> Policy:
     """The policy of highest total score whose exact cost is within the budget.
 
@@ -114,6 +117,9 @@ def allocate(
     scores  per mixed layer; default: the log-probabilities of its gates
     spend   True: spend what then remains of the budget on more bits even where the score falls, least loss per cost first. Gates learn
             under the price of the budget's multiplier, so their likelihood undervalues bits once the allocation enforces the budget itself
+    fill    True: where filters are pruned although a tenth of the budget remains, prune fewer: the scores of kept filters get the least
+            common bonus with which the budget is used. A normalisation behind a mixture hides how much of a filter is pruned, so the gates
+            of relaxed searches may prune nearly everything under the price of the budget: they say which filters rather than how many
 
     Layers choose from the frontier of their own configurations (all of them at layer level; at filter level, for every activation width,
     the filters' best widths at a series of prices per cost), by a mixed-integer programme over all layers and all limits. Pruned filters
@@ -122,14 +128,41 @@ def allocate(
     budget is then spent greedily, on single filters and activations. Raises
     InfeasibleBudgetError, with the cheapest possible cost, if no policy fits.
     """
-    blocks, pricing = _set_up(model, budget, gate_scores(model) if scores is None else scores, convention)
+    scores = gate_scores(model) if scores is None else scores
+    best, used = _allocate(model, budget, scores, convention, spend)
+    if not fill or not best.pruned() or used >= _WELL_USED:
+        return best
+    low, high = 0.0, _FIRST_BONUS
+    while used < _WELL_USED and high <= _LAST_BONUS:
+        best, used = max((best, used), _allocate(model, budget, _favouring(scores, high), convention, spend), key=lambda pair: pair[1])
+        low, high = (high, 2 * high) if used < _WELL_USED else (low, high)
+    for _ in range(_HALVINGS if used >= _WELL_USED else 0):
+        middle = (low + high) / 2
+        policy, share = _allocate(model, budget, _favouring(scores, middle), convention, spend)
+        if share >= _WELL_USED:
+            best, high = policy, middle
+        else:
+            low = middle
+    return best
+
+
+def _allocate(model: nn.Module, budget: Budget, scores: Mapping[str, LayerScores], convention: str, spend: bool) -> tuple[Policy, float]:
+    """The policy of highest score, and the share of the tightest limit that it uses."""
+    blocks, pricing = _set_up(model, budget, scores, convention)
     found = [_improve(layers, pricing) for layers in _rounds(blocks, pricing)]
     if not found:
         raise _infeasible(blocks, pricing)
     best = max(found, key=lambda layers: _score(layers, pricing.tables))
     for bits in (max(b for b in BITS if b != FLOAT), FLOAT) if spend else ():
         best = _improve(best, pricing, bits)
-    return Policy({**pricing.fixed, **best}, pricing.geometry)
+    used = max(value / max(pricing.limits[name], _TINY) for name, value in pricing.totals(best).items())
+    return Policy({**pricing.fixed, **best}, pricing.geometry), used
+
+
+def _favouring(scores: Mapping[str, LayerScores], bonus: float) -> dict[str, LayerScores]:
+    """Scores in which every filter that is kept counts so much more."""
+    kept = {name: np.array(layer.space.w_bits) != PRUNED for name, layer in scores.items()}
+    return {name: replace(layer, weight=layer.weight + bonus * kept[name]) for name, layer in scores.items()}
 
 
 def check_feasible(model: nn.Module, budget: Budget, convention: str = "product") -> None:

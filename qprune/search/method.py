@@ -109,7 +109,7 @@ class Method:
 
     def policy(self, budget: Budget) -> Policy:
         """The likeliest policy within the budget, with what is left of the budget spent on more bits (see `allocate`)."""
-        return allocate(self.model, budget, convention=self.convention, spend=True)
+        return allocate(self.model, budget, convention=self.convention, spend=True, fill=True)
 
     @contextmanager
     def chosen(self) -> Iterator[None]:
