@@ -36,6 +36,16 @@ DataDir = Annotated[str, typer.Option(help="Folder with the files of cifar10, ci
 DataOption = Annotated[list[str] | None, typer.Option("--data-option", help="An option of the data, name=value; may be repeated.")]
 Weights = Annotated[str, typer.Option(help="The network's weights to begin with: .safetensors, or a state_dict of torch.save.")]
 Threads = Annotated[int, typer.Option(help="CPU threads; 0 = as many as torch chooses.")]
+ABits = Annotated[str, typer.Option(help="Candidate activation bits.")]
+EdgeBits = Annotated[int, typer.Option(help="Bits of the first and the last layer.")]
+FirstSeed = Annotated[int, typer.Option(help="First seed.")]
+SearchEpochs = Annotated[int, typer.Option(help="Epochs of search.")]
+BatchSize = Annotated[int, typer.Option(help="Samples per step.")]
+FloatRate = Annotated[float, typer.Option(help="Learning rate of float training.")]
+SearchRate = Annotated[float, typer.Option(help="Learning rate of weights in the search.")]
+FinetuneRate = Annotated[float, typer.Option(help="Learning rate of fine-tuning.")]
+GateRate = Annotated[float, typer.Option(help="Learning rate of the gates.")]
+Convention = Annotated[str, typer.Option(help="How bit operations are counted: product, zur or uniq.")]
 
 
 @app.command()
@@ -56,24 +66,24 @@ def search(
     method: Annotated[str, typer.Option(help="edmips, darts, zur, slimmable, sbs or annc.")] = "edmips",
     out: Out = Path("runs/search"),
     seeds: Annotated[int, typer.Option(help="Repetitions; the table then shows means and 95 % intervals.")] = 1,
-    seed: Annotated[int, typer.Option(help="First seed.")] = 0,
+    seed: FirstSeed = 0,
     w_bits: Annotated[str, typer.Option(help="Candidate weight bits; 0 = pruned, 32 = float. Default: 2,3,4,6 (sbs: 2,4,8).")] = "",
-    a_bits: Annotated[str, typer.Option(help="Candidate activation bits.")] = "",
+    a_bits: ABits = "",
     pairs: Annotated[str, typer.Option(help="Joint candidates instead, weight/activation bits: 2/2,2/4,8/8.")] = "",
     granularity: Annotated[str, typer.Option(help="Weight bits per layer or per filter. Default: filter for zur, else layer.")] = "",
     quantizer: Annotated[str, typer.Option(help="Of zur: nice or uniq.")] = "",
     loop: Annotated[str, typer.Option(help="steps; for zur also epochs: logits and weights in turns, in stages.")] = "steps",
     setting: Annotated[list[str] | None, typer.Option("--set", help="An option of the method, name=value; may be repeated.")] = None,
-    edge_bits: Annotated[int, typer.Option(help="Bits of the first and the last layer.")] = 8,
+    edge_bits: EdgeBits = 8,
     float_epochs: Annotated[int, typer.Option(help="Epochs of float training.")] = 40,
-    search_epochs: Annotated[int, typer.Option(help="Epochs of search.")] = 20,
+    search_epochs: SearchEpochs = 20,
     finetune_epochs: Annotated[int, typer.Option(help="Epochs of fine-tuning after the search.")] = 30,
-    batch_size: Annotated[int, typer.Option(help="Samples per step.")] = 64,
-    lr: Annotated[float, typer.Option(help="Learning rate of float training.")] = 0.1,
-    search_lr: Annotated[float, typer.Option(help="Learning rate of weights in the search.")] = 0.02,
-    finetune_lr: Annotated[float, typer.Option(help="Learning rate of fine-tuning.")] = 0.03,
-    arch_lr: Annotated[float, typer.Option(help="Learning rate of the gates.")] = 0.02,
-    convention: Annotated[str, typer.Option(help="How bit operations are counted: product, zur or uniq.")] = "product",
+    batch_size: BatchSize = 64,
+    lr: FloatRate = 0.1,
+    search_lr: SearchRate = 0.02,
+    finetune_lr: FinetuneRate = 0.03,
+    arch_lr: GateRate = 0.02,
+    convention: Convention = "product",
     deterministic: Annotated[bool, typer.Option("--deterministic", help="The same seed gives the same bits again on one device.")] = False,
     device: Annotated[str, typer.Option(help="auto (a CUDA GPU if there is one), cpu, cuda or cuda:N.")] = "auto",
     amp: Annotated[str, typer.Option(help="bf16 or fp16: train in mixed precision. Default: float32.")] = "",
@@ -173,20 +183,20 @@ def compare(
         str, typer.Option(help="Search methods, and uniform, uniform-above, prune-then-quantize, uniform-zur, uniform-sbs.")
     ] = "edmips,darts,zur,uniform,prune-then-quantize",
     seeds: Annotated[int, typer.Option(help="Runs of every method at every budget.")] = 5,
-    seed: Annotated[int, typer.Option(help="First seed.")] = 0,
+    seed: FirstSeed = 0,
     w_bits: Annotated[str, typer.Option(help="Candidate weight bits, 0 = pruned. Default: each method's own.")] = "",
-    a_bits: Annotated[str, typer.Option(help="Candidate activation bits.")] = "",
+    a_bits: ABits = "",
     setting: Annotated[list[str] | None, typer.Option("--set", help="An option of one method, zur.samples=4; may be repeated.")] = None,
-    edge_bits: Annotated[int, typer.Option(help="Bits of the first and the last layer.")] = 8,
+    edge_bits: EdgeBits = 8,
     float_epochs: Annotated[int, typer.Option(help="Epochs of float training, once per seed.")] = 40,
-    search_epochs: Annotated[int, typer.Option(help="Epochs of search.")] = 20,
+    search_epochs: SearchEpochs = 20,
     finetune_epochs: Annotated[int, typer.Option(help="Epochs of fine-tuning; baselines train for both in total.")] = 30,
-    batch_size: Annotated[int, typer.Option(help="Samples per step.")] = 64,
-    lr: Annotated[float, typer.Option(help="Learning rate of float training.")] = 0.1,
-    search_lr: Annotated[float, typer.Option(help="Learning rate of weights in the search.")] = 0.02,
-    finetune_lr: Annotated[float, typer.Option(help="Learning rate of fine-tuning.")] = 0.03,
-    arch_lr: Annotated[float, typer.Option(help="Learning rate of the gates.")] = 0.02,
-    convention: Annotated[str, typer.Option(help="How bit operations are counted: product, zur or uniq.")] = "product",
+    batch_size: BatchSize = 64,
+    lr: FloatRate = 0.1,
+    search_lr: SearchRate = 0.02,
+    finetune_lr: FinetuneRate = 0.03,
+    arch_lr: GateRate = 0.02,
+    convention: Convention = "product",
     out: Out = Path("runs/compare"),
     workers: Annotated[int, typer.Option(help="Processes of one thread; 0 = only report on what is done.")] = 1,
 ) -> None:
@@ -227,10 +237,10 @@ def study(
     others: Annotated[str, typer.Option(help="bits: the pair of all other convolutions.")] = "3/3",
     ratios: Annotated[str, typer.Option(help="widths: shares of filters that a stage may keep.")] = "0.25,0.5,0.75,1",
     seeds: Annotated[int, typer.Option(help="Runs of every configuration.")] = 5,
-    seed: Annotated[int, typer.Option(help="First seed.")] = 0,
+    seed: FirstSeed = 0,
     float_epochs: Annotated[int, typer.Option(help="Epochs of float training, once per seed.")] = 20,
     epochs: Annotated[int, typer.Option(help="Epochs of every trial.")] = 5,
-    batch_size: Annotated[int, typer.Option(help="Samples per step.")] = 64,
+    batch_size: BatchSize = 64,
     lr: Annotated[float, typer.Option(help="Learning rate of the trials.")] = 0.03,
     convention: Annotated[str, typer.Option(help="bits: how bit operations are counted, product, zur or uniq.")] = "zur",
     quantizer: Annotated[str, typer.Option(help="bits: nice or uniq, of weights and activations.")] = "nice",
@@ -269,7 +279,7 @@ def train(
     weights: Weights = "",
     out: Out = Path("runs/float"),
     epochs: Annotated[int, typer.Option(help="Passes over the training part.")] = 40,
-    batch_size: Annotated[int, typer.Option(help="Samples per step.")] = 64,
+    batch_size: BatchSize = 64,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 0.1,
     seed: Annotated[int, typer.Option(help="Seed of the weights and the batches.")] = 0,
     threads: Threads = 0,
@@ -329,7 +339,7 @@ def bench(
     ] = "",
     shapes: Annotated[str, typer.Option(help="resnet18, resnet50, mobilenetv2, resnet20, or 256x64x56x56, 256x64x56x56:64x3x3/1, …")] = "",
     w_bits: Annotated[str, typer.Option(help="Candidate weight bits.")] = "",
-    a_bits: Annotated[str, typer.Option(help="Candidate activation bits.")] = "",
+    a_bits: ABits = "",
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16. Default: fp32 on a CPU, bf16 on a GPU.")] = "",
     direction: Annotated[str, typer.Option(help="Some of forward, backward, both.")] = "",
     baselines: Annotated[str | None, typer.Option(help="Some of eager, branches, layers, compile, cudnn, reference, float.")] = None,

@@ -7,6 +7,7 @@ billions of values), no dates, sets or bytes, and no key twice.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,11 @@ def read_mapping(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"expected names and values, got {shown(found)}")
     return found
+
+
+def dumped(values: Mapping[str, Any]) -> bytes:
+    """The file that `read_mapping` reads these names and values from, in their order."""
+    return yaml.safe_dump(dict(values), sort_keys=False).encode()
 
 
 def check_plain(value: Any, depth: int = 0) -> None:

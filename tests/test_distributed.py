@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from ranks import two_ranks
 from torch import nn
 
 import qprune
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def work(rank: int, store: str) -> dict[str, object]:
@@ -43,14 +40,7 @@ def work(rank: int, store: str) -> dict[str, object]:
 
 
 def test_ranks_agree(tmp_path: Path) -> None:
-    words = [sys.executable, str(Path(__file__)), str(tmp_path / "store")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    ranks = [
-        subprocess.Popen([*words, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) for rank in (0, 1)
-    ]
-    outputs = [rank.communicate(timeout=240) for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], outputs
-    first, second = (json.loads(out) for out, _ in outputs)
+    first, second = two_ranks(__file__, tmp_path / "store")
     assert first == second
     assert len(set(first["drawn"])) > 1
 

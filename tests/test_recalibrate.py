@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,16 +12,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from lookalikes import build
+from ranks import two_ranks
 from torch import Tensor, nn
 
-import qprune
 from qprune import SearchSpace, convert, prepare, recalibrate
 from qprune.errors import InputError
 from qprune.nn.slim import slim
 from qprune.policy import LayerBits, Policy
 from qprune.tasks import models
-
-ROOT = Path(qprune.__file__).resolve().parents[1]
 
 
 def batches(count: int = 3, seed: int = 0, size: int = 4) -> list[tuple[Tensor, Tensor]]:
@@ -224,14 +220,7 @@ def work(rank: int, store: str) -> dict[str, list[float]]:
 
 
 def test_ranks_agree_on_the_mean_over_all_batches(tmp_path: Path) -> None:
-    words = [sys.executable, str(Path(__file__)), str(tmp_path / "store")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
-    ranks = [
-        subprocess.Popen([*words, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) for rank in (0, 1)
-    ]
-    outputs = [rank.communicate(timeout=120) for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], outputs
-    first, second = (json.loads(out) for out, _ in outputs)
+    first, second = two_ranks(__file__, tmp_path / "store", timeout=120)
     assert first == second and "refused" in first
     seen = first_outputs(chain(nn.BatchNorm2d(4)), batches(1, seed=0) + batches(2, seed=1))
     torch.testing.assert_close(torch.tensor(first["running_mean"]), torch.stack([y.mean((0, 2, 3)) for y in seen]).mean(0))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from ranks import two_ranks
 from torch import nn
 
 import qprune
@@ -21,8 +20,6 @@ from qprune.nn.bitgates import BitGate
 from qprune.nn.nested import nest
 from qprune.search import driver
 from qprune.search.sbs import Sbs
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def prepared() -> nn.Module:
@@ -53,14 +50,7 @@ def work(rank: int, store: str) -> dict[str, object]:
 
 
 def test_ranks_agree(tmp_path: Path) -> None:
-    words = [sys.executable, str(Path(__file__)), str(tmp_path / "store")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    ranks = [
-        subprocess.Popen([*words, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) for rank in (0, 1)
-    ]
-    outputs = [rank.communicate(timeout=240) for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], outputs
-    first, second = (json.loads(out) for out, _ in outputs)
+    first, second = two_ranks(__file__, tmp_path / "store")
     assert first == second
     assert len({str(errors) for errors in first["errors"]}) > 8
 

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from ranks import two_ranks
 from torch import Tensor, nn
 from unit_models import batches, chain, prepared
 
 import qprune
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def task(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -38,14 +35,7 @@ def work(rank: int, store: str) -> dict[str, object]:
 
 
 def test_ranks_agree(tmp_path: Path) -> None:
-    words = [sys.executable, str(Path(__file__)), str(tmp_path / "store")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
-    ranks = [
-        subprocess.Popen([*words, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) for rank in (0, 1)
-    ]
-    outputs = [rank.communicate(timeout=240) for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], outputs
-    first, second = (json.loads(out) for out, _ in outputs)
+    first, second = two_ranks(__file__, tmp_path / "store")
     assert (first["same"], first["policy"]) == (second["same"], second["policy"])
     assert first["own"] != second["own"]
 

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from qprune.compare.cell import RESULT, Comparison, read_cell, read_json
 from qprune.compare.options import CompareOptions
 from qprune.compare.page import compare_page
@@ -17,9 +15,9 @@ from qprune.compare.summary import float_row, rows_of, sentence
 from qprune.compare.tables import cells_csv, markdown, table_csv
 from qprune.errors import StudyError
 from qprune.files import write_atomically
-from qprune.plainyaml import read_mapping
+from qprune.plainyaml import dumped
 from qprune.seeds import environment
-from qprune.study.queue import Progress, Queue, check_options
+from qprune.study.queue import Progress, Queue, check_stored
 from qprune.study.storage import check_sqlite, require_optuna
 from qprune.study.worker import Run, run_workers
 
@@ -68,7 +66,7 @@ def run(options: CompareOptions, folder: Path, workers: int = 1, watch: Callable
     job = CompareJob(options, folder)
     if workers:
         comparison.check()
-    write_atomically(folder / "options.yaml", _yaml(options))
+    write_atomically(folder / "options.yaml", dumped(options.as_dict()))
     queue = job.queue()
     try:
         if workers:
@@ -94,18 +92,10 @@ def open_folder(folder: Path, options: CompareOptions) -> None:
     """Raise StudyError unless the folder holds nothing of the kind, or this comparison, or one with less to do."""
     path = folder / "options.yaml"
     if path.exists():
-        try:
-            stored = read_mapping(path)
-        except (OSError, ValueError) as error:
-            raise StudyError(f"{path} is damaged ({' '.join(str(error).split())}); restore it, or choose another folder") from None
-        check_options(stored, options.as_dict(), str(folder), GROWING)
+        check_stored(path, options.as_dict(), GROWING)
     elif (folder / "result.json").exists():
         raise StudyError(f"{folder} holds something else than a comparison; choose another folder")
     check_sqlite(folder / "queue.db")
-
-
-def _yaml(options: CompareOptions) -> bytes:
-    return yaml.safe_dump(options.as_dict(), sort_keys=False).encode()
 
 
 def write_results(comparison: Comparison, queue: Queue) -> dict[str, Any]:

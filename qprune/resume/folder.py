@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from qprune.config import checked
 from qprune.errors import CheckpointError
 from qprune.files import write_atomically
 from qprune.options import OptionError, RunOptions
 from qprune.plainjson import parse
-from qprune.plainyaml import read_mapping
+from qprune.plainyaml import dumped, read_mapping
 
 log = logging.getLogger("qprune")
 OPTIONS, ENVIRONMENT, RESULT, SEED, STATES, LOCK = (
@@ -82,7 +81,7 @@ def check_same(stored: RunOptions, folder: Path, given: Mapping[str, Any], threa
 def begin(folder: Path, options: RunOptions, environment: Mapping[str, str]) -> None:
     """Record what a run is about to do."""
     write_atomically(folder / ENVIRONMENT, json.dumps(environment, indent=1).encode())
-    write_atomically(folder / OPTIONS, yaml.safe_dump(options.as_dict(), sort_keys=False).encode())
+    write_atomically(folder / OPTIONS, dumped(options.as_dict()))
 
 
 def take_up(folder: Path, environment: Mapping[str, str]) -> None:

@@ -15,9 +15,11 @@ import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qprune.errors import StudyError
+from qprune.plainyaml import read_mapping
 from qprune.study.storage import database_errors, open_database, require_optuna, shown
 
 if TYPE_CHECKING:
@@ -208,6 +210,16 @@ def check_options(stored: Any, options: Mapping[str, Any], where: str, growing: 
                 f"{where} was begun with {name}={old}, not {new}; give the same options to go on (more {', '.join(growing)} are "
                 "possible), or another folder and name for a new study"
             )
+
+
+def check_stored(path: Path, options: Mapping[str, Any], growing: Sequence[str] = ("seeds",)) -> Mapping[str, Any]:
+    """`check_options` of the file that a folder's work began with, and what it holds. Raises StudyError for a damaged one, too."""
+    try:
+        stored = read_mapping(path)
+    except (OSError, ValueError) as error:
+        raise StudyError(f"{path} is damaged ({' '.join(str(error).split())}); restore it, or choose another folder") from None
+    check_options(stored, options, str(path.parent), growing)
+    return stored
 
 
 def _grown(old: Any, new: Any) -> bool:

@@ -9,17 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from qprune.errors import StudyError
 from qprune.files import write_atomically
-from qprune.plainyaml import read_mapping
+from qprune.plainyaml import dumped
 from qprune.seeds import environment
 from qprune.study.analysis import METRICS, analyse
 from qprune.study.grid import Point
 from qprune.study.options import StudyOptions
 from qprune.study.page import study_page
-from qprune.study.queue import Finished, Progress, Queue, check_options
+from qprune.study.queue import Finished, Progress, Queue, check_stored
 from qprune.study.storage import check_sqlite, require_optuna
 from qprune.study.trial import Bench
 from qprune.study.worker import Job, run_workers
@@ -69,23 +67,14 @@ def open_folder(folder: Path, options: StudyOptions, storage: str | None) -> Non
     """Make the folder, or check that it holds this study. Raises StudyError, and CheckpointError where nothing can be written."""
     path = folder / "options.yaml"
     if path.exists():
-        try:
-            stored = read_mapping(path)
-        except (OSError, ValueError) as error:
-            raise StudyError(f"{path} is damaged ({' '.join(str(error).split())}); restore it, or choose another folder") from None
-        check_options(stored, options.as_dict(), str(folder))
-        if stored != options.as_dict():
-            write_atomically(path, _yaml(options))
+        if check_stored(path, options.as_dict()) != options.as_dict():
+            write_atomically(path, dumped(options.as_dict()))
     elif (folder / "result.json").exists():
         raise StudyError(f"{folder} holds something else than a study; choose another folder")
     else:
-        write_atomically(path, _yaml(options))
+        write_atomically(path, dumped(options.as_dict()))
     if storage is None:
         check_sqlite(folder / "study.db")
-
-
-def _yaml(options: StudyOptions) -> bytes:
-    return yaml.safe_dump(options.as_dict(), sort_keys=False).encode()
 
 
 def write_results(options: StudyOptions, folder: Path, bench: Bench, queue: Queue) -> dict[str, Any]:
