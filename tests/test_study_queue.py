@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,21 @@ def storage(tmp_path: Path) -> str:
 
 def test_a_killed_worker_s_trial_is_taken_up(storage: str, tmp_path: Path) -> None:
     killed_and_taken_up(storage, tmp_path / "log")
+
+
+def test_a_trial_whose_worker_died_before_its_first_heartbeat_is_given_up(storage: str) -> None:
+    queue = opened(storage)
+    queue.fill()
+    claimed = queue.study.get_trials()[0]
+    queue.database.set_trial_state_values(claimed._trial_id, queue.optuna.trial.TrialState.RUNNING)
+    queue.repair()
+    assert (queue.progress().running, queue.progress().waiting) == (1, len(POINTS) - 1)
+    deadline = time.monotonic() + 30
+    while queue.progress().running and time.monotonic() < deadline:
+        time.sleep(0.2)
+        queue.repair()
+    assert (queue.progress().running, queue.progress().waiting) == (0, len(POINTS))
+    queue.close()
 
 
 def test_a_trial_is_claimed_once(storage: str) -> None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from qprune.errors import StudyError
 from qprune.plainyaml import read_mapping
-from qprune.study.storage import database_errors, open_database, require_optuna, shown
+from qprune.study.storage import database_errors, open_database, require_optuna, shown, start_clocks
 
 if TYPE_CHECKING:
     import optuna
@@ -127,6 +127,8 @@ class Queue:
         """Give up trials without signs of life and put their points back."""
         with database_errors(self.optuna, self.storage), warnings.catch_warnings():
             warnings.simplefilter("ignore", self.optuna.exceptions.ExperimentalWarning)
+            running = self.study.get_trials(deepcopy=False, states=(self.optuna.trial.TrialState.RUNNING,))
+            start_clocks(self.database, [trial._trial_id for trial in running])
             self.optuna.storages.fail_stale_trials(self.study)
             self.fill()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sqlite3
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,18 @@ def open_database(storage: str, heartbeat: int, grace: int, given_up: Callable[[
     if local:
         _serialise(database.engine)
     return database
+
+
+def start_clocks(database: Any, trials: Iterable[int]) -> None:
+    """Let these running trials be given up in time, if no sign of life ever comes: a worker that dies between its claim and its first
+    heartbeat would otherwise hold its trial for ever, since Optuna gives up only what has had one."""
+    from sqlalchemy import text
+
+    with database.engine.begin() as connection:
+        beating = {trial for (trial,) in connection.execute(text("SELECT trial_id FROM trial_heartbeats"))}
+    for trial in trials:
+        if trial not in beating:
+            database.record_heartbeat(trial)
 
 
 def shown(storage: str) -> str:
