@@ -131,13 +131,25 @@ def test_only_training_parts_are_augmented(task: data.Task) -> None:
         task.loader("train", 8, augment=True)
 
 
-def test_shards_are_disjoint_and_equally_long(task: data.Task) -> None:
-    shards = [task.loader("train", 50, generator(0), augment=False, shard=(rank, 3)) for rank in range(3)]
-    seen = [rows(data.Split(torch.cat([x for x, _ in shard]), task.train.y)) for shard in shards]
-    assert len({len(shard) for shard in shards}) == 1
-    assert {len(images) for images in seen} == {len(task.train) // 3}
-    assert not seen[0] & seen[1]
-    assert not seen[1] & seen[2]
+@pytest.mark.parametrize("augment", [False, True])
+def test_shards_share_the_batches_of_one_process(task: data.Task, augment: bool) -> None:
+    part = data.Split(*task.train[torch.arange(200)])
+    batches = list(task.loader(part, 51, generator(0), augment=augment))
+    shards = [list(task.loader(part, 51, generator(0), augment=augment, shard=(rank, 3))) for rank in range(3)]
+    assert [[len(y) for _, y in shard] for shard in shards] == [[17, 17, 17, 15]] * 3
+    for number, (x, y) in enumerate(batches[:-1]):  # the last one has 47 samples for one process, 45 for three
+        for rank, shard in enumerate(shards):
+            assert torch.equal(shard[number][0], x[rank::3]) and torch.equal(shard[number][1], y[rank::3])
+    with pytest.raises(data.DataError, match="batch_size: 50 samples cannot be shared equally by 3 ranks"):
+        task.loader("train", 50, generator(0), shard=(0, 3))
+
+
+def test_plain_shards_leave_no_sample_out(task: data.Task) -> None:
+    part = data.Split(*task.val[torch.arange(10)])
+    shards = [list(task.loader(part, 9, shard=(rank, 3))) for rank in range(3)]
+    assert [[len(y) for _, y in shard] for shard in shards] == [[3, 1], [3], [3]]
+    seen = torch.cat([x for shard in shards for x, _ in shard])
+    assert torch.equal(seen.flatten(1).sum(1).sort().values, part.x.flatten(1).sum(1).sort().values)
 
 
 def test_drop_last_keeps_full_batches_only(task: data.Task) -> None:

@@ -15,7 +15,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Subset, TensorDataset
 from typer.testing import CliRunner
 
 from qprune.cli import app
@@ -221,8 +221,38 @@ def test_loaders_that_cannot_be_divided() -> None:
         task.train_halves()
     with pytest.raises(data.DataError, match="DataLoader cannot be divided"):
         wrapped(DataLoader(Stream(), 4)).train_halves()
-    with pytest.raises(data.DataError, match="are not shared between ranks"):
-        task.loader("train", 4, shard=(0, 2))
+
+
+class Streamed(list[tuple[torch.Tensor, torch.Tensor]]):
+    """Batches that are no DataLoader's."""
+
+
+@pytest.mark.parametrize("kind", ["shuffled", "own generator", "workers", "streamed", "distributed"])
+def test_loaders_of_one_s_own_are_shared(kind: str) -> None:
+    everything = tensors()
+    if kind == "streamed":
+        loader: Any = Streamed(tuple(batch) for batch in DataLoader(everything, 6))
+    elif kind == "distributed":
+        loader = None
+    else:
+        own = torch.Generator() if kind == "own generator" else None
+        loader = DataLoader(everything, 6, shuffle=True, generator=own, num_workers=2 if kind == "workers" else 0)
+
+    def shard(rank: int, ranks: int, part: str = "train") -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
+        sampled = DataLoader(everything, 6 // ranks, sampler=DistributedSampler(everything, ranks, rank)) if loader is None else loader
+        passes = wrapped(sampled).loader(part, 6, torch.Generator().manual_seed(5) if part == "train" else None, shard=(rank, ranks))
+        return [list(passes), list(passes)]
+
+    for whole, first, second in zip(shard(0, 1), shard(0, 2), shard(1, 2), strict=True):
+        assert len(whole) == len(first) == len(second)
+        for (x, _), (left, _), (right, _) in zip(whole, first, second, strict=True):
+            assert torch.equal(x[0::2], left) and torch.equal(x[1::2], right)
+
+
+def test_plain_passes_over_shared_loaders_leave_nothing_out() -> None:
+    task = wrapped(DataLoader(tensors(), 4))
+    plain = [[len(y) for _, y in task.loader("val", 4, shard=(rank, 3))] for rank in range(3)]
+    assert plain == [[2, 2], [1, 1], [1, 1]]
 
 
 def test_the_number_of_classes_is_that_of_the_dataset() -> None:

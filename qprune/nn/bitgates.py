@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from qprune.quantizers.base import mean_over_ranks
+from qprune.ranks import mean_over_ranks
 
 
 def opened(statistic: Tensor, threshold: Tensor) -> Tensor:

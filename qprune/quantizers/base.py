@@ -169,12 +169,3 @@ def sample_values(x: Tensor) -> Tensor:
     if flat.numel() > _SAMPLE:
         flat = flat[torch.arange(_SAMPLE, device=flat.device) * _STRIDE % flat.numel()]
     return flat.float()
-
-
-def mean_over_ranks(value: Tensor) -> Tensor:
-    """The mean over the ranks of a distributed job; the value itself where there is none."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        value = value.clone()
-        torch.distributed.all_reduce(value)
-        value /= torch.distributed.get_world_size()
-    return value

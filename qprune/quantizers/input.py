@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from qprune.grids import gaussian_range, input_grid, negative_share
-from qprune.quantizers.base import TINY, CalibratedQuantizer, Candidates, mean_over_ranks, sample_values
+from qprune.quantizers.base import TINY, CalibratedQuantizer, Candidates, sample_values
+from qprune.ranks import mean_over_ranks
 
 
 class InputQuantizer(CalibratedQuantizer):

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qprune.grids import input_grid
-from qprune.quantizers.base import CalibratedQuantizer, mean_over_ranks, spread
+from qprune.quantizers.base import CalibratedQuantizer, spread
 from qprune.quantizers.staging import Staged
 from qprune.quantizers.uniq import quantize_activation, straight_mixture
+from qprune.ranks import mean_over_ranks
 from qprune.space import FLOAT
 
 DEVIATIONS = 5.0

@@ -33,7 +33,7 @@ from qprune.nn.filterwise import FilterConv2d
 from qprune.nn.stacked import STATISTICS
 from qprune.policy import Policy
 from qprune.prepare import weight_parameters
-from qprune.quantizers.base import mean_over_ranks
+from qprune.ranks import mean_over_ranks
 from qprune.record import unwrap
 from qprune.search.configurations import Configurations, OnBatch
 from qprune.search.counts import allocate_counts, check_feasible_counts

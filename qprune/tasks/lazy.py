@@ -172,7 +172,7 @@ class ImageLoader:
         seeds = None
         if drawn is not None and self.augment:
             seeds = torch.randint(2**32, (self.order.total,), generator=drawn)
-        dataset = _Pass(self.part, batches[done:], seeds, replace=drawn is not None)
+        dataset = _Pass(self.part, [self.order.share(batch) for batch in batches[done:]], seeds, replace=drawn is not None)
         for x, y in prefetched(self._read(dataset), torch.device(self.part.device)):
             yield self.part.transforms.finish(x), y
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler, Subset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSampler, SequentialSampler, Subset
 
 from .order import DataError
 from .prefetch import prefetched
@@ -62,23 +62,62 @@ class Taken:
     def loader(
         self, batch_size: int, generator: torch.Generator | None, augment: Augment | None, drop_last: bool, shard: tuple[int, int]
     ) -> OwnLoader:
-        if shard != (0, 1):
-            raise DataError(f"{self.name}: loaders of one's own are not shared between ranks; return a qprune.tasks.data.Task")
-        return OwnLoader(self, generator)
+        return OwnLoader(replace(self, source=_shared(self.source, shard, generator is not None)), generator)
 
 
 def _on(loader: DataLoader[Any], dataset: Dataset[Any]) -> DataLoader[Any]:
     """A loader like this one over other data."""
+    shuffle = isinstance(loader.sampler, RandomSampler)
+    return _like(loader, dataset, batch_size=loader.batch_size, shuffle=shuffle, drop_last=loader.drop_last)
+
+
+def _like(loader: DataLoader[Any], dataset: Dataset[Any], **order: Any) -> DataLoader[Any]:
     return DataLoader(
         dataset,
-        batch_size=loader.batch_size,
-        shuffle=isinstance(loader.sampler, RandomSampler),
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
-        drop_last=loader.drop_last,
         worker_init_fn=loader.worker_init_fn,
+        **order,
     )
+
+
+def _shared(loader: Any, shard: tuple[int, int], even: bool) -> Any:
+    """A loader of this rank's share of every batch. One with a DistributedSampler, whose batches are shares already, stays as it is; of one
+    that is no DataLoader over a map-style dataset, every rank reads whole batches."""
+    if shard[1] == 1 or isinstance(getattr(loader, "sampler", None), DistributedSampler):
+        return loader
+    if isinstance(loader, DataLoader) and loader.batch_sampler is not None:
+        shares = _like(loader, loader.dataset, batch_sampler=_Shares(loader.batch_sampler, shard, even))
+        shares.generator = loader.generator
+        return shares
+    return _Shares(loader, shard, even)
+
+
+@dataclass
+class _Shares:
+    """Of every batch of `source`, a list or a pair of tensors, this rank's share; batches of which it has none are left out.
+
+    even  shares are as large as those of the others
+    """
+
+    source: Any
+    shard: tuple[int, int]
+    even: bool
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.source:
+            pair = isinstance(batch, tuple | list) and any(isinstance(item, Tensor) for item in batch)
+            share = [self._of(item) for item in batch] if pair else self._of(batch)
+            if len(share[0] if pair else share):
+                yield share
+
+    def _of(self, items: Any) -> Any:
+        rank, ranks = self.shard
+        return items[rank : len(items) // ranks * ranks if self.even else len(items) : ranks]
 
 
 @dataclass
@@ -103,10 +142,12 @@ class OwnLoader:
 
     def _batches(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         source, state = self.part.source, _State(seed)
-        for owner in (source, getattr(source, "sampler", None)):
+        for owner in _chain(source):
             own = getattr(owner, "generator", None)
             if isinstance(own, torch.Generator):
                 own.manual_seed(seed)
+            if isinstance(owner, DistributedSampler):
+                owner.set_epoch(seed % 2**31)
         with state.current():
             batches = iter(source)
         while True:
@@ -115,6 +156,15 @@ class OwnLoader:
             if batch is None:
                 return
             yield _checked(self.part.name, batch)
+
+
+def _chain(loader: Any) -> Iterator[Any]:
+    """A loader, and what it draws its order from."""
+    yield loader
+    for name in ("sampler", "batch_sampler", "source"):
+        inner = getattr(loader, name, None)
+        if inner is not None:
+            yield from _chain(inner)
 
 
 class _State:

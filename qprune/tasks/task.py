@@ -77,8 +77,8 @@ class Loader:
 
     With a generator every pass is shuffled anew and augmented; without one, the order is that of the split and nothing is augmented.
     A pass takes exactly one number from the generator, when it starts: its state between passes is all that a resumed run needs, and
-    leaving a pass early changes nothing later. `shard` = (rank, number of ranks) gives this rank its equal share of every pass when all
-    ranks hold generators in the same state; up to ranks - 1 samples of a pass are then left out.
+    leaving a pass early changes nothing later. `shard` = (rank, number of ranks) gives this rank its share of every batch when all ranks
+    hold generators in the same state (see Order); what it gets is augmented as in the batch of one process.
     """
 
     split: Split
@@ -100,7 +100,7 @@ class Loader:
             x, y = self.split[index.to(self.split.x.device)]
             if generator is not None and self.augment is not None:
                 x = self.augment(x, generator)
-            yield x.contiguous(memory_format=torch.channels_last), y
+            yield self.order.share(x).contiguous(memory_format=torch.channels_last), self.order.share(y)
 
 
 def unchanged(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -142,8 +142,8 @@ class Task:
     ) -> Batches:
         """Batches of "train", "val", "test" or of a part such as a training half.
 
-        Shuffled if a generator is given. augment=None augments exactly when a generator is given and `part` is neither "val" nor
-        "test"; a part that is no name is taken to be training data.
+        batch_size counts the samples of all ranks. Shuffled if a generator is given. augment=None augments exactly when a generator is
+        given and `part` is neither "val" nor "test"; a part that is no name is taken to be training data.
         """
         chosen = self.part(part) if isinstance(part, str) else part
         if augment is None:
