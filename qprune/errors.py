@@ -68,16 +68,17 @@ class NonFiniteError(QPruneError, ArithmeticError):
     layer     the first with a non-finite output, or that has the gradient; None if every layer's output was finite
     gradient  the parameter whose gradient it is; None if it is the loss
     index     of the batch in its pass, and batch = (x, y) itself, where the loop knows them; else None
+    rank      of a distributed job, whose loss it is; None where all ranks have the gradient, or there are no others
     """
 
-    def __init__(self, step: int, layer: str | None, loss: float, gradient: str | None = None) -> None:
+    def __init__(self, step: int, layer: str | None, loss: float, gradient: str | None = None, rank: int | None = None) -> None:
         if gradient is not None:
             layer = gradient.rpartition(".")[0]
-        self.step, self.layer, self.loss, self.gradient = step, layer, loss, gradient
+        self.step, self.layer, self.loss, self.gradient, self.rank = step, layer, loss, gradient, rank
         self.index: int | None = None
         self.batch: tuple[Any, Any] | None = None
         where = f"first non-finite output in layer {layer!r}" if layer is not None else "every layer's output is finite, so it is the loss"
-        what = f"loss is {loss} at step {step}: {where}"
+        what = f"loss is {loss} at step {step}{'' if rank is None else f' on rank {rank}'}: {where}"
         if gradient is not None:
             what = f"the gradient of {gradient} is NaN or infinite at step {step}, where the loss is {loss:.6g}"
         super().__init__(f"{what}; lower the learning rate or check the data")

@@ -6,9 +6,10 @@ must call what is collective here, in the same order.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -32,12 +33,14 @@ class Ranks:
     """rank   of this process, 0 … count - 1; rank 0 writes files and reports
     local  the number of this process on its machine
     group  of torch.distributed; None: the default one
+    place  of what it exchanges: "cpu", or "cuda" where it connects GPUs only
     """
 
     rank: int = 0
     count: int = 1
     local: int = 0
     group: Any = None
+    place: str = "cpu"
 
     @property
     def main(self) -> bool:
@@ -55,7 +58,7 @@ class Ranks:
         """Of every number, the largest that a rank has."""
         if self.alone:
             return numbers
-        found = torch.tensor(numbers, dtype=torch.int64)
+        found = torch.tensor(numbers, dtype=torch.int64, device=self.place)
         torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=self.group)
         return tuple(found.tolist())
 
@@ -72,6 +75,13 @@ class Ranks:
 
     def mean(self, value: Tensor) -> Tensor:
         return value if self.alone else self.total(value) / self.count
+
+    def means(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """The means of tensors of one type on one device."""
+        if self.alone or not values:
+            return list(values)
+        together = self.mean(torch.cat([value.flatten() for value in values]))
+        return [mean.view(value.shape) for mean, value in zip(together.split([v.numel() for v in values]), values, strict=True)]
 
     def gathered(self, value: T) -> list[T]:
         """The values of all ranks, in their order."""
@@ -150,8 +160,9 @@ def ranks_of(model: nn.Module) -> Ranks:
 
 
 def _ranks(group: Any) -> Ranks:
-    local = os.environ.get("LOCAL_RANK", "0")
-    return Ranks(torch.distributed.get_rank(group), torch.distributed.get_world_size(group), int(local), group)
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    place = "cpu" if "cpu:" in torch.distributed.get_backend_config(group) else "cuda"
+    return Ranks(torch.distributed.get_rank(group), torch.distributed.get_world_size(group), local, group, place)
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:
@@ -179,6 +190,7 @@ def joined(minutes: float = 10.0) -> Iterator[Ranks]:
     try:
         yield current()
     finally:
+        gc.collect()  # wrappers hold the group, and with it threads, in reference cycles
         torch.distributed.destroy_process_group()
 
 

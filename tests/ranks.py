@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
+import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -25,3 +30,14 @@ def two_ranks(script: str, store: Path, timeout: float = 240) -> tuple[Any, Any]
     assert [rank.returncode for rank in ranks] == [0, 0], outputs
     first, second = (json.loads(out) for out, _ in outputs)
     return first, second
+
+
+def be_one_of_two(work: Callable[[int], object]) -> None:
+    """Print, as JSON, what a rank of two gives: for a file that `two_ranks` runs."""
+    store, rank = sys.argv[1], int(sys.argv[2])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    result = work(rank)
+    gc.collect()  # wrappers hold the group, and with it threads, in reference cycles
+    dist.destroy_process_group()
+    print(json.dumps(result))

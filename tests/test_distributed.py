@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from ranks import two_ranks
+from ranks import be_one_of_two, two_ranks
 from torch import nn
 
 import qprune
 
 
-def work(rank: int, store: str) -> dict[str, object]:
+def work(rank: int) -> dict[str, object]:
     """Two ranks search on different data; each says what it ended with."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     torch.manual_seed(0)
     tied = nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.ReLU()
     net = nn.Sequential(*tied, nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
@@ -35,7 +30,6 @@ def work(rank: int, store: str) -> dict[str, object]:
         search.step(lambda m, x=x, y=y: F.cross_entropy(m(x), y))  # type: ignore[misc]
     total = sum(float(p.detach().double().abs().sum()) for p in model.parameters())
     policy = search.policy().to_json()
-    dist.destroy_process_group()
     return {"parameters": total, "drawn": drawn, "policy": policy}
 
 
@@ -46,4 +40,4 @@ def test_ranks_agree(tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(work(int(sys.argv[2]), sys.argv[1])))
+    be_one_of_two(work)

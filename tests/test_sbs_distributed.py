@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from ranks import two_ranks
+from ranks import be_one_of_two, two_ranks
 from torch import nn
 
 import qprune
@@ -29,11 +26,9 @@ def prepared() -> nn.Module:
     return qprune.prepare(net, qprune.SearchSpace((0, 2, 4), (2, 4)), example_inputs=torch.randn(1, 3, 8, 8))
 
 
-def work(rank: int, store: str) -> dict[str, object]:
+def work(rank: int) -> dict[str, object]:
     """Two ranks search on different data; each says what it ended with."""
     driver.METHODS["sbs"] = Sbs
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     model = prepared()
     nest(model, geometry_of(model))
     parallel = nn.parallel.DistributedDataParallel(model)
@@ -45,7 +40,6 @@ def work(rank: int, store: str) -> dict[str, object]:
         errors += [gate.errors.tolist() for gate in model.modules() if isinstance(gate, BitGate)]
     total = sum(float(p.detach().double().abs().sum()) for p in model.parameters())
     policy = search.policy().to_json()
-    dist.destroy_process_group()
     return {"parameters": total, "errors": errors, "policy": policy}
 
 
@@ -68,4 +62,4 @@ def test_a_wrapped_model_must_be_nested_before(monkeypatch: pytest.MonkeyPatch) 
 
 
 if __name__ == "__main__":
-    print(json.dumps(work(int(sys.argv[2]), sys.argv[1])))
+    be_one_of_two(work)

@@ -67,7 +67,7 @@ def alternate(
     def mean_losses(choices: dict[str, Tensor]) -> list[float]:
         batches = [batch for loader in arch_loaders for batch in _batches(loader, search.model)]
         total = torch.stack([losses(search.model, choices, task, batch, method.statistics) * len(batch[1]) for batch in batches]).sum(0)
-        return (total / sum(len(y) for _, y in batches)).tolist()  # type: ignore[no-any-return]
+        return method.ranks.mean(total / sum(len(y) for _, y in batches)).tolist()  # type: ignore[no-any-return]
 
     for epoch in range(len(search.history), epochs):
         entry = _epoch(search, weight_loader, arch_loaders, epoch, task, mean_losses, homogeneous, on_step, passes or Passes())
@@ -120,7 +120,7 @@ def _epoch(
         running["batches"] = 0
 
     def mean() -> float:
-        found = float(running["total"] / running["samples"])
+        found = float(method.ranks.mean(running["total"] / running["samples"]))
         running.update(total=0.0, samples=0)
         return found
 

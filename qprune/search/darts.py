@@ -80,23 +80,23 @@ class Darts(Method):
         weights, arch = weight_parameters(self.model), arch_parameters(self.model)
         rate = self.optimizers.weights.param_groups[0]["lr"]
         start = [p.detach().clone() for p in weights]
-        first = _gradients(self.task_loss(closure), weights)
+        first = self._gradients(self.task_loss(closure), weights)
         _shift(weights, start, first, -rate)
         loss = self.task_loss(arch_closure)
-        together = _gradients(loss, [*weights, *arch])
+        together = self._gradients(loss, [*weights, *arch])
         by_weight, by_arch = together[: len(weights)], together[len(weights) :]
         norm = torch.stack([g.square().sum() for g in by_weight]).sum().sqrt().clamp_min(1e-12)
         epsilon = float(0.01 / norm)
         sides = []
         for sign in (1.0, -1.0):
             _shift(weights, start, by_weight, sign * epsilon)
-            sides.append(_gradients(self.task_loss(closure), arch))
+            sides.append(self._gradients(self.task_loss(closure), arch))
         _shift(weights, start, by_weight, 0.0)
         return loss, [g - rate * (up - down) / (2 * epsilon) for g, up, down in zip(by_arch, *sides, strict=True)]
 
-
-def _gradients(loss: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
-    return list(torch.autograd.grad(loss, parameters, materialize_grads=True))
+    def _gradients(self, loss: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
+        """The mean over the ranks: DistributedDataParallel takes no part in this."""
+        return self.ranks.means(torch.autograd.grad(loss, parameters, materialize_grads=True))
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from qprune.passes import Passes, endless, following
 from qprune.policy import Policy
 from qprune.precision import loss_scale
 from qprune.prepare import fixed_layers
+from qprune.ranks import Ranks
 from qprune.record import Record, attach, record_of, unwrap
 from qprune.search.annc import Annc
 from qprune.search.constraint import Constraint
@@ -124,6 +125,14 @@ class Search:
         self.history: list[dict[str, Any]] = []
         self.running: dict[str, Any] | None = None
         self._left: dict[str, Any] | None = None
+
+    def share(self, ranks: Ranks) -> Search:
+        """Let the ranks of a distributed job make every step together, each on its share of a batch. The model is wrapped in
+        DistributedDataParallel where the method can use that; to be called on all ranks before the first step. A model that is wrapped
+        already needs it not."""
+        self.method.share(ranks)
+        self.model = self.method.model
+        return self
 
     def step(
         self,
@@ -234,10 +243,12 @@ class Search:
         self.method.settle()
         self.method.end_epoch()
         result = StepResult(running["values"])
+        seen = torch.stack([running["total"], zero + running["samples"], self._hits.to(zero)])
+        total, samples, hits = self.method.ranks.total(seen).tolist()
         return {
             "epoch": len(self.history),
-            "loss": float(running["total"]) / running["samples"],
-            "accuracy": int(self._hits) / (running["samples"] * self.method.passes),
+            "loss": total / samples,
+            "accuracy": hits / (samples * self.method.passes),
             "cost_ratio": result.cost_ratio,
             "multiplier": result.multiplier,
             **self.skips(),

@@ -20,6 +20,7 @@ from qprune.health import first_nonfinite_layer, nonfinite_gradient
 from qprune.nn.premix import Premix
 from qprune.policy import Policy
 from qprune.precision import LossScale
+from qprune.ranks import Ranks, ranks_of
 from qprune.record import record_of, unwrap
 from qprune.search.allocate import allocate, check_feasible
 from qprune.search.constraint import Constraint
@@ -87,6 +88,7 @@ class Method:
         self._unsettled: tuple[StepResult, Closure, Sequence[Tensor]] | None = None
         self._loss: Tensor | None = None
         self.loss_scale: LossScale | None = None
+        self.ranks = ranks_of(model)
         if recorder is None:
             optimizers.check = self._check_gradients
 
@@ -110,6 +112,10 @@ class Method:
     def policy(self, budget: Budget) -> Policy:
         """The likeliest policy within the budget, with what is left of the budget spent on more bits (see `allocate`)."""
         return allocate(self.model, budget, convention=self.convention, spend=True, fill=True)
+
+    def share(self, ranks: Ranks) -> None:
+        """From now on every step is one of all ranks."""
+        self.model, self.ranks = ranks.wrapped(self.model), ranks
 
     @contextmanager
     def chosen(self) -> Iterator[None]:
@@ -145,7 +151,7 @@ class Method:
             loss = closure(self.model, *batch)
         if self.recorder is not None:
             self.optimizers.skip_if(~torch.isfinite(loss.detach()))
-        elif not bool(torch.isfinite(loss)):
+        elif not self.ranks.all(torch.isfinite(loss)):
             self._refuse(loss.item(), closure, batch)
         self._loss = loss.detach()
         return loss
@@ -182,8 +188,11 @@ class Method:
                 self._refuse(result.loss, closure, batch, self.steps - 1)
 
     def _refuse(self, loss: float, closure: Closure, batch: Sequence[Tensor], step: int | None = None) -> NoReturn:
+        """All ranks raise the error of the first one whose loss is not finite."""
         layer = first_nonfinite_layer(self.model, lambda: closure(self.model, *batch))
-        raise NonFiniteError(self.steps if step is None else step, layer, loss)
+        found = self.ranks.gathered((loss, layer))
+        rank, (loss, layer) = next((rank, found) for rank, found in enumerate(found) if not math.isfinite(found[0]))
+        raise NonFiniteError(self.steps if step is None else step, layer, loss, rank=None if self.ranks.alone else rank)
 
     def values(self, loss: Tensor, slack: Tensor) -> Tensor:
         """What a StepResult holds, on the device."""

@@ -27,6 +27,7 @@ from qprune.geometry import Geometry
 from qprune.modes import kept_modes
 from qprune.nn.slim import estimating, set_widths, state_of
 from qprune.policy import LayerBits, Policy
+from qprune.ranks import Ranks
 from qprune.record import unwrap
 from qprune.search.distributions import Distribution, SoftmaxDistribution
 from qprune.search.estimators import Estimate, make_estimator
@@ -82,6 +83,11 @@ class Slimmable(Method):
         seed: int = 0,
     ) -> None:
         super().__init__(*args)
+        if not self.ranks.alone:
+            raise InputError(
+                "slimmable: DistributedDataParallel wants gradients of all parameters in every pass; give the model itself, and share the "
+                "search: Search(model, …).share(qprune.ranks.current())"
+            )
         if self.recorder is not None:
             raise InputError("slimmable: every step has other shapes, so that it cannot be recorded; leave out cuda_graph=True")
         if distribution not in WIDTHS:
@@ -129,6 +135,9 @@ class Slimmable(Method):
         structure = state_of(model).structure
         check_limit(BinomialLayers(structure, (1.0,)), _macs_limit(cls.limits(model, budget, convention)))
 
+    def share(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+
     def step(
         self, closure: Closure, arch_closure: Closure | None = None, batch: Sequence[Tensor] = (), arch_batch: Sequence[Tensor] = ()
     ) -> StepResult:
@@ -154,6 +163,7 @@ class Slimmable(Method):
                 total += loss.detach().to(total.device)
         finally:
             self._widen()
+        self._average_gradients()
         self.unscale()
         self.optimizers.step_weights()
         return self._values(total / self.passes)
@@ -166,8 +176,8 @@ class Slimmable(Method):
         finally:
             self._widen()
         self.last_estimate = estimate
-        if not bool(torch.isfinite(estimate.losses).all()):
-            bad = estimate.losses[~torch.isfinite(estimate.losses)]
+        bad = estimate.losses[~torch.isfinite(estimate.losses)]
+        if len(bad):
             self._refuse(float(bad[0]), closure, batch)
         for part, gradient in zip(self.space.parts, estimate.gradients, strict=True):
             part.logits.grad = gradient
@@ -175,6 +185,12 @@ class Slimmable(Method):
             torch.nn.utils.clip_grad_norm_([part.logits for part in self.space.parts], self.clip_grad)
         self.logits.step()
         return self._values(problem.measured.mean())
+
+    def _average_gradients(self) -> None:
+        with_gradient = [p for p in unwrap(self.model).parameters() if p.grad is not None]
+        gradients = [p.grad for p in with_gradient if p.grad is not None]
+        for p, mean in zip(with_gradient, self.ranks.means(gradients), strict=True):
+            p.grad = mean
 
     @contextmanager
     def chosen(self) -> Iterator[None]:
@@ -290,13 +306,13 @@ class _Configurations:
 
     def task_losses(self, configurations: Sequence[Mapping[str, int]]) -> Tensor:
         """Float64, in eval mode."""
-        model, found = self.method.model, []
+        method, model, found = self.method, self.method.model, []
         with kept_modes(unwrap(model)):
             for widths in configurations:
                 set_widths(model, widths)
-                if self.method.statistics == "reestimated":
+                if method.statistics == "reestimated":
                     with estimating(model):
                         self.train()
                 model.eval()
                 found.append(self.loss().double())
-        return torch.stack(found)
+        return method.ranks.mean(torch.stack(found))

@@ -33,7 +33,6 @@ from qprune.nn.filterwise import FilterConv2d
 from qprune.nn.stacked import STATISTICS
 from qprune.policy import Policy
 from qprune.prepare import weight_parameters
-from qprune.ranks import mean_over_ranks
 from qprune.record import unwrap
 from qprune.search.configurations import Configurations, OnBatch
 from qprune.search.counts import allocate_counts, check_feasible_counts
@@ -204,8 +203,10 @@ class Zur(Method):
         problem = OnBatch(self.configurations, closure, batch, self.statistics, self._penalties if self.sampled_cost else None)
         estimate = self.estimator(problem, self.generator)
         task = torch.cat(problem.seen)
-        if not bool(torch.isfinite(estimate.losses).all()):
-            self._refuse(float(task[~torch.isfinite(task)][0]) if not bool(torch.isfinite(task).all()) else torch.nan, closure, batch)
+        finite = bool(torch.isfinite(estimate.losses).all())
+        if not self.ranks.all(finite):
+            bad = task[~torch.isfinite(task)]
+            self._refuse(float(bad[0]) if len(bad) else 0.0 if finite else torch.nan, closure, batch)
         self.last_estimate = estimate
         self.optimizers.zero_grad()
         slack = self.constraint.slack(self.expected_cost())
@@ -218,9 +219,8 @@ class Zur(Method):
 
     def _add(self, gradients: Sequence[Tensor]) -> None:
         """To what the logits have; the ranks of a distributed job agree on the mean."""
-        together = mean_over_ranks(torch.cat([g.flatten() for g in gradients]))
-        for logits, g in zip(self.logits, together.split([g.numel() for g in gradients]), strict=True):
-            logits.grad = g.view_as(logits) if logits.grad is None else logits.grad + g.view_as(logits)
+        for logits, g in zip(self.logits, self.ranks.means(gradients), strict=True):
+            logits.grad = g if logits.grad is None else logits.grad + g
         if self.clip_grad is not None:
             nn.utils.clip_grad_norm_(self.logits, self.clip_grad)
 

@@ -24,6 +24,7 @@ from qprune.modes import kept_modes
 from qprune.passes import Passes, following
 from qprune.precision import laid_out, loss_scale
 from qprune.prepare import quantizer_parameters
+from qprune.ranks import ALONE, Ranks, ranks_of
 from qprune.record import unwrap
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
@@ -95,6 +96,7 @@ class Trainer:
         if epochs < 0:
             raise InputError(f"epochs must not be negative, got {epochs}")
         self.model, self.epochs, self.warmup, self.loss, self.autocast = model, epochs, warmup, loss, autocast
+        self.ranks = ranks_of(model)
         self.channels_last, self.loss_scale = channels_last, loss_scale(autocast, device_of(model))
         self.history: list[dict[str, float]] = []
         self.step = 0
@@ -140,12 +142,14 @@ class Trainer:
         passes.ready()
         if not running.samples:
             raise InputError("the loader gave no batch")
+        seen = torch.tensor([running.loss_sum, running.samples, self._correct.item()], dtype=torch.float64, device=self.ranks.place)
+        loss_sum, samples, correct = self.ranks.total(seen).tolist()
         record = {
             "epoch": len(self.history),
             "step": self.step,
             "lr": self.optimizers[0][0].param_groups[0]["lr"] if self.optimizers else 0.0,
-            "loss": running.loss_sum / running.samples,
-            "accuracy": self._correct.item() / running.samples,
+            "loss": loss_sum / samples,
+            "accuracy": correct / samples,
             "seconds": time.perf_counter() - started,
         }
         if self.loss_scale is not None:
@@ -164,9 +168,8 @@ class Trainer:
             logits = self.model(x)
             loss = self.loss(logits, y)
             value: float = loss.item()
-            if not math.isfinite(value):
-                layer = first_nonfinite_layer(self.model, partial(unwrap(self.model), x))
-                raise NonFiniteError(self.step, layer, value).on(index, x, y)
+            if not self.ranks.all(math.isfinite(value)):
+                raise self._refusal(value, x).on(index, x, y)
         scale = self.loss_scale
         (loss if scale is None else scale.scaled(loss)).backward()  # type: ignore[no-untyped-call]
         nonfinite = partial(nonfinite_gradient, self.model)
@@ -177,6 +180,13 @@ class Trainer:
             optimizer.step()
         self._correct += (logits.detach().argmax(1) == y).sum()
         return value
+
+    def _refusal(self, loss: float, x: Tensor) -> NonFiniteError:
+        """The error of the first rank whose loss is not finite."""
+        layer = None if math.isfinite(loss) else first_nonfinite_layer(self.model, partial(unwrap(self.model), x))
+        found = self.ranks.gathered((loss, layer))
+        rank, (loss, layer) = next((rank, found) for rank, found in enumerate(found) if not math.isfinite(found[0]))
+        return NonFiniteError(self.step, layer, loss, rank=None if self.ranks.alone else rank)
 
     def fit(
         self,
@@ -190,8 +200,10 @@ class Trainer:
         """The passes that are left; as `fit`, whose arguments these are. passes: is told where they begin."""
         for epoch in range(len(self.history), self.epochs):
             record = self.run_epoch(loader(epoch) if callable(loader) else loader, progress, passes)
+            model = unwrap(self.model)
+            self.ranks.synchronise(model)
             if val_loader is not None:
-                record["val_loss"], record["val_accuracy"] = evaluate(self.model, val_loader, self.loss, self.channels_last)
+                record["val_loss"], record["val_accuracy"] = evaluate(model, val_loader, self.loss, self.channels_last, self.ranks)
             if on_epoch is not None:
                 on_epoch(record, self)
         return self.history
@@ -201,7 +213,7 @@ class Trainer:
         if running is not None and running is self._running:
             running.correct = int(self._correct)
         return {
-            "model": self.model.state_dict(),
+            "model": unwrap(self.model).state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer, _ in self.optimizers],
             "step": self.step,
             "history": self.history,
@@ -210,7 +222,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
+        unwrap(self.model).load_state_dict(state["model"])
         for (optimizer, _), saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.step = state["step"]
@@ -246,10 +258,17 @@ def fit(
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loader: Iterable[Any], loss: LossFunction = F.cross_entropy, channels_last: bool = True
+    model: nn.Module,
+    loader: Iterable[Any],
+    loss: LossFunction = F.cross_entropy,
+    channels_last: bool = True,
+    ranks: Ranks = ALONE,
 ) -> tuple[float, float]:
     """(mean loss, share of correct answers in 0..1) in eval mode; `loss` must be a mean over the batch. Module modes are put back.
-    channels_last: images are brought into this layout, False: into the plain one."""
+
+    channels_last  images are brought into this layout, False: into the plain one
+    ranks          whose batches count together
+    """
     device = device_of(model)
     samples, loss_sum, correct = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int64)
     loss_sum, correct = loss_sum.to(device), correct.to(device)
@@ -261,9 +280,11 @@ def evaluate(
             loss_sum += loss(logits, y) * len(y)
             correct += (logits.argmax(1) == y).sum()
             samples += len(y)
-    if not samples:
+    found = torch.tensor([loss_sum.item(), correct.item(), samples], dtype=torch.float64, device=ranks.place)
+    total, right, count = ranks.total(found).tolist()
+    if not count:
         raise InputError("the loader gave no batch")
-    return loss_sum.item() / samples, correct.item() / samples
+    return total / count, right / count
 
 
 def device_of(model: nn.Module) -> torch.device:
