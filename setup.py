@@ -25,6 +25,7 @@ PACKAGES = {
     "qprune.quantizers": "qprune/quantizers",
     "qprune.search": "qprune/search",
     "qprune.export": "qprune/export",
+    "qprune.commands": "qprune/commands",
     "qprune.compare": "qprune/compare",
     "qprune.study": "qprune/study",
     "qprune.tasks": "qprune/tasks",

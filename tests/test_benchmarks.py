@@ -28,6 +28,7 @@ from qprune.benchmarks import (
     table,
 )
 from qprune.benchmarks.rows import Row
+from qprune.commands import shared
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = [
@@ -46,7 +47,7 @@ def qprune(*words: str) -> tuple[int, str, str]:
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["qprune", "bench", *words])
-        patch.setattr(cli, "console", Console(file=out, width=200))
+        patch.setattr(shared, "console", Console(file=out, width=200))
         patch.setattr(sys, "stderr", err)
         with pytest.raises(SystemExit) as stop:
             cli.main()

@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from qprune import cli
+from qprune.commands import shared
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = ["--float-epochs", "1", "--search-epochs", "1", "--finetune-epochs", "1", "--batch-size", "256"]
@@ -31,7 +32,7 @@ def qprune(*words: str) -> Done:
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(err):
         patch.setattr(sys, "argv", ["qprune", *words])
-        patch.setattr(cli, "console", Console(file=out, width=100, soft_wrap=True))
+        patch.setattr(shared, "console", Console(file=out, width=100, soft_wrap=True))
         with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as stop:
             cli.main()
     code = stop.value.code

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import yaml
 from test_cli import qprune
 
 from qprune import config
+from qprune.commands.search import search
 from qprune.errors import CheckpointError
 from qprune.options import OptionError, RunOptions
 from qprune.resume.folder import OPTIONS, begin, check_same, stored_options
@@ -46,6 +49,26 @@ def test_what_is_printed_is_read_again(options: RunOptions, tmp_path: Path) -> N
     assert RunOptions(**config.read_file(path)) == options
     done = qprune("search", "--config", str(path), "--print-config")
     assert done.stdout == path.read_text()
+
+
+def test_search_sets_every_option() -> None:
+    assert {field.name for field in fields(RunOptions)} <= set(signature(search).parameters)
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        pytest.param(["--w-bits", "2,4", "--pairs", "2/2,3"], {"w_bits": [2, 4], "pairs": [[2, 2], [3, 3]]}, id="bits"),
+        pytest.param(["--method", "zur", "--set", "samples=4"], {"method_options": {"samples": 4}}, id="set"),
+        pytest.param(["--data-option", "a=1", "--data-option", "b=x"], {"data_options": {"a": 1, "b": "x"}}, id="data-option"),
+        pytest.param(
+            ["--compile", "--no-tf32", "--no-channels-last"], {"compile": True, "tf32": False, "channels_last": False}, id="switches"
+        ),
+    ],
+)
+def test_flags_are_read(words: list[str], found: dict[str, Any]) -> None:
+    whole = printed(*words)
+    assert {name: whole[name] for name in found} == found
 
 
 def test_nothing_is_begun(tmp_path: Path) -> None:
@@ -86,6 +109,7 @@ def test_words(word: str, name: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("word", "message"),
     [
+        pytest.param("--w-bits=2,x", "w_bits: expected bits like [2, 4, 8], got '2,x'", id="flag-bits"),
         pytest.param("search_epoch=3", "'search_epoch' is no option of a run; did you mean search_epochs?", id="near"),
         pytest.param("metod=zur", "did you mean method?", id="near-method"),
         pytest.param("zzzzzz=3", "'zzzzzz' is no option of a run\n", id="far"),

@@ -1,0 +1,95 @@
+"""qprune search: from float training to the report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qprune.commands import shared
+from qprune.commands.given import given_flags, options_of
+from qprune.console import Bars, result_table
+
+
+def search(
+    context: typer.Context,
+    overrides: shared.Overrides = None,
+    config: shared.Config = None,
+    print_config: shared.PrintConfig = False,
+    data: shared.Data = "digits",
+    data_dir: shared.DataDir = "",
+    data_options: shared.DataOptions = None,
+    model: shared.Model = "resnet8",
+    weights: shared.Weights = "",
+    budget: Annotated[str, typer.Option(help='"w3a3" (a uniform network), "2%" (of float), or bops=…,size=…,macs=….')] = "w3a3",
+    method: Annotated[str, typer.Option(help="edmips, darts, zur, slimmable, sbs or annc.")] = "edmips",
+    out: shared.Out = Path("runs/search"),
+    seeds: Annotated[int, typer.Option(help="Repetitions; the table then shows means and 95 % intervals.")] = 1,
+    seed: shared.FirstSeed = 0,
+    w_bits: Annotated[str, typer.Option(help="Candidate weight bits; 0 = pruned, 32 = float. Default: 2,3,4,6 (sbs: 2,4,8).")] = "",
+    a_bits: shared.ABits = "",
+    pairs: Annotated[str, typer.Option(help="Joint candidates instead, weight/activation bits: 2/2,2/4,8/8.")] = "",
+    granularity: Annotated[str, typer.Option(help="Weight bits per layer or per filter. Default: filter for zur, else layer.")] = "",
+    quantizer: Annotated[str, typer.Option(help="Of zur: nice or uniq.")] = "",
+    loop: Annotated[str, typer.Option(help="steps; for zur also epochs: logits and weights in turns, in stages.")] = "steps",
+    method_options: Annotated[list[str] | None, typer.Option("--set", help="An option of the method, name=value; may be repeated.")] = None,
+    edge_bits: shared.EdgeBits = 8,
+    float_epochs: Annotated[int, typer.Option(help="Epochs of float training.")] = 40,
+    search_epochs: shared.SearchEpochs = 20,
+    finetune_epochs: Annotated[int, typer.Option(help="Epochs of fine-tuning after the search.")] = 30,
+    batch_size: shared.BatchSize = 64,
+    lr: shared.FloatRate = 0.1,
+    search_lr: shared.SearchRate = 0.02,
+    finetune_lr: shared.FinetuneRate = 0.03,
+    arch_lr: shared.GateRate = 0.02,
+    convention: shared.Convention = "product",
+    deterministic: shared.Deterministic = False,
+    device: shared.Device = "auto",
+    amp: shared.Amp = "",
+    channels_last: shared.ChannelsLast = True,
+    compile: shared.Compile = False,
+    tf32: Annotated[
+        bool | None, typer.Option("--tf32/--no-tf32", help="Tensor cores for float32 on GPUs. Default: convolutions only.")
+    ] = None,
+    cuda_graph: Annotated[bool, typer.Option("--cuda-graph", help="Replay the steps of the search as CUDA graphs.")] = False,
+    threads: shared.Threads = 0,
+    overwrite: shared.Overwrite = False,
+    resume: shared.Resume = False,
+    checkpoint_minutes: shared.CheckpointMinutes = 10.0,
+    keep: shared.Keep = 3,
+    onnx: Annotated[bool, typer.Option("--onnx/--no-onnx", help="Write model.onnx at the end.")] = True,
+) -> None:
+    """Train a float network, search its bits within a budget, fine-tune, and compare with the uniform network of at least that cost."""
+    from qprune import config as configuration
+    from qprune import seeds as repeated
+    from qprune.options import RunOptions
+    from qprune.resume.folder import check_same, stored_options
+    from qprune.resume.signals import Stop
+    from qprune.watch import TENSORBOARD, Several, TensorBoard, has_tensorboard
+
+    shared.set_threads(threads)
+    # parameters named as fields of RunOptions are read from the context
+    given = configuration.merged(config, overrides or (), given_flags(context, RunOptions))
+    began = stored_options(out) if resume else None
+    if began is not None:
+        check_same(began, out, configuration.comparable(began, given), threads)
+    options = began or RunOptions(**configuration.over(options_of(context, RunOptions), given))
+    if print_config:
+        typer.echo(configuration.dump(options), nl=False)
+        return
+    if began is not None and (out / "result.json").exists():
+        shared.console.print(f"{out} holds a finished run.")
+    stop = Stop()
+    with stop.listening(), Bars(shared.console, options.seeds, options.batch_size) as bars:
+        watcher = Several([bars, TensorBoard(out / TENSORBOARD)] if has_tensorboard() else [bars])
+        result = repeated.run(
+            options, out, watcher, overwrite, resume=resume, minutes=checkpoint_minutes, keep=keep, stop=stop,
+        )  # fmt: skip
+    if onnx:
+        from qprune.exporting import add_onnx
+
+        result = add_onnx(out)
+    shared.console.print(result_table(result))
+    shared.console.print(result["summary"]["verdict"])
+    shared.console.print(f"Report: {out / 'report.html'}")
