@@ -7,14 +7,18 @@ from typing import Annotated
 
 import typer
 
-from qprune import arguments
 from qprune.commands import shared
+from qprune.commands.given import Given, show
 
 
 def compare(
+    context: typer.Context,
+    overrides: shared.Overrides = None,
+    config: shared.Config = None,
+    print_config: shared.PrintConfig = False,
     data: shared.Data = "digits",
     data_dir: shared.DataDir = "",
-    data_option: shared.DataOptions = None,
+    data_options: shared.DataOptions = None,
     model: shared.Model = "resnet8",
     weights: shared.Weights = "",
     budgets: Annotated[str, typer.Option(help='"w3a3,w2a2"; budgets with commas are separated by semicolons.')] = "w3a3,w2a2",
@@ -25,7 +29,7 @@ def compare(
     seed: shared.FirstSeed = 0,
     w_bits: Annotated[str, typer.Option(help="Candidate weight bits, 0 = pruned. Default: each method's own.")] = "",
     a_bits: shared.ABits = "",
-    setting: Annotated[list[str] | None, typer.Option("--set", help="An option of one method, zur.samples=4; may be repeated.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="An option of one method, zur.samples=4; may be repeated.")] = None,
     edge_bits: shared.EdgeBits = 8,
     float_epochs: Annotated[int, typer.Option(help="Epochs of float training, once per seed.")] = 40,
     search_epochs: shared.SearchEpochs = 20,
@@ -45,13 +49,10 @@ def compare(
     from qprune.compare.run import run
     from qprune.study.progress import StudyBar
 
-    options = CompareOptions(
-        data=data, data_dir=data_dir, data_options=arguments.settings(data_option or ()), model=model, weights=weights,
-        budgets=arguments.words(budgets), methods=arguments.words(methods), seeds=seeds, seed=seed,
-        w_bits=arguments.bits(w_bits), a_bits=arguments.bits(a_bits), settings=arguments.method_settings(setting or ()),
-        edge_bits=edge_bits, float_epochs=float_epochs, search_epochs=search_epochs, finetune_epochs=finetune_epochs,
-        batch_size=batch_size, lr=lr, search_lr=search_lr, finetune_lr=finetune_lr, arch_lr=arch_lr, convention=convention,
-    )  # fmt: skip
+    options = Given(context, CompareOptions, "a comparison").options()
+    if print_config:
+        show(options)
+        return
     with StudyBar(shared.console, "cells") as bar:
         result = run(options, out, workers, bar.watch)
     shared.console.print((out / "table.md").read_text(), highlight=False, markup=False)

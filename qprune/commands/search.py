@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from qprune.commands import shared
-from qprune.commands.given import given_flags, options_of
+from qprune.commands.given import Given, show
 from qprune.console import Bars, result_table
 
 
@@ -61,22 +61,21 @@ def search(
     onnx: Annotated[bool, typer.Option("--onnx/--no-onnx", help="Write model.onnx at the end.")] = True,
 ) -> None:
     """Train a float network, search its bits within a budget, fine-tune, and compare with the uniform network of at least that cost."""
-    from qprune import config as configuration
     from qprune import seeds as repeated
+    from qprune.config import comparable
     from qprune.options import RunOptions
     from qprune.resume.folder import check_same, stored_options
     from qprune.resume.signals import Stop
     from qprune.watch import TENSORBOARD, Several, TensorBoard, has_tensorboard
 
     shared.set_threads(threads)
-    # parameters named as fields of RunOptions are read from the context
-    given = configuration.merged(config, overrides or (), given_flags(context, RunOptions))
+    given = Given(context, RunOptions, "a run")
     began = stored_options(out) if resume else None
     if began is not None:
-        check_same(began, out, configuration.comparable(began, given), threads)
-    options = began or RunOptions(**configuration.over(options_of(context, RunOptions), given))
+        check_same(began, out, comparable(began, given.set), threads)
+    options = began or given.options()
     if print_config:
-        typer.echo(configuration.dump(options), nl=False)
+        show(options)
         return
     if began is not None and (out / "result.json").exists():
         shared.console.print(f"{out} holds a finished run.")

@@ -7,14 +7,18 @@ from typing import Annotated
 
 import typer
 
-from qprune import arguments
 from qprune.commands import shared
+from qprune.commands.given import Given, show
 
 
 def study(
+    context: typer.Context,
+    overrides: shared.Overrides = None,
+    config: shared.Config = None,
+    print_config: shared.PrintConfig = False,
     data: shared.Data = "digits",
     data_dir: shared.DataDir = "",
-    data_option: shared.DataOptions = None,
+    data_options: shared.DataOptions = None,
     model: shared.Model = "resnet8",
     weights: shared.Weights = "",
     kind: Annotated[str, typer.Option(help="What varies: bits of one layer's filters, or widths of the stages.")] = "bits",
@@ -43,14 +47,14 @@ def study(
     from qprune.study.progress import StudyBar
     from qprune.study.run import run
 
-    options = StudyOptions(
-        data=data, data_dir=data_dir, data_options=arguments.settings(data_option or ()), model=model, weights=weights,
-        kind=kind, layer=layer, pairs=arguments.pairs(pairs), step=step, others=arguments.pair(others),
-        ratios=arguments.numbers(ratios), seeds=seeds, seed=seed, float_epochs=float_epochs, epochs=epochs, batch_size=batch_size, lr=lr,
-        weight_quantizer=quantizer, input_quantizer=quantizer, convention=convention,
-    )  # fmt: skip
+    both = ("weight_quantizer", "input_quantizer")
+    options = Given(context, StudyOptions, "a study", {"quantizer": both}).options()
+    options = options.quick() if quick else options
+    if print_config:
+        show(options)
+        return
     with StudyBar(shared.console) as bar:
-        result = run(options.quick() if quick else options, out, storage or None, name or None, workers, bar.watch)
+        result = run(options, out, storage or None, name or None, workers, bar.watch)
     shared.console.print(result["sentence"])
     if result["errors"]:
         shared.console.print(f"{len(result['errors'])} trials failed; the report says why, and the same command tries them again.")

@@ -69,10 +69,11 @@ class CompareOptions:
         for name, given in (("budgets", self.budgets), ("methods", self.methods)):
             if not given or len(set(given)) < len(given):
                 raise OptionError(f"{name}: expected at least one, every one once, got {', '.join(given) or 'none'}")
-        for method in (*self.methods, *self.settings):
+        with_settings = [method for method, settings in self.settings.items() if settings]
+        for method in (*self.methods, *with_settings):
             if method not in methods():
                 raise OptionError(f"methods: {method!r} cannot be compared; expected some of {', '.join(methods())}")
-        for method in self.settings:
+        for method in with_settings:
             if method not in self.methods:
                 raise OptionError(f"settings: {method!r} is none of the methods, which are {', '.join(self.methods)}")
         for budget in self.budgets:
