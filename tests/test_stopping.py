@@ -22,6 +22,7 @@ from safetensors.torch import save as to_bytes
 from torch import nn
 
 from qprune import Budget, SearchSpace, cli, prepare
+from qprune.commands import shared
 from qprune.console import Bars
 from qprune.errors import CheckpointError, NonFiniteError, OutOfMemoryError
 from qprune.files import write_atomically
@@ -76,7 +77,7 @@ def command(*words: str) -> tuple[int, str, str]:
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as monkeypatch, contextlib.redirect_stderr(err):
         monkeypatch.setattr(sys, "argv", ["qprune", *words])
-        monkeypatch.setattr(cli, "console", Console(file=out, width=100, soft_wrap=True))
+        monkeypatch.setattr(shared, "console", Console(file=out, width=100, soft_wrap=True))
         with pytest.raises(SystemExit) as stop:
             cli.main()
     code = stop.value.code
