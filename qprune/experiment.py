@@ -25,6 +25,7 @@ from qprune.options import RunOptions
 from qprune.overhead import overhead
 from qprune.policy import Policy
 from qprune.precision import AMP, Contiguous, compiled, device_of, switched
+from qprune.ranks import ALONE, Ranks
 from qprune.recipes import Recipe, recipe_for
 from qprune.record import record_of
 from qprune.resume.checkpoints import Checkpoints
@@ -43,6 +44,8 @@ from qprune.tasks.train import evaluate as accuracy_on
 from qprune.usage import Meter
 
 CALIBRATION_BATCHES = 4
+MEASURED = 256
+"""Images of a batch without gradients."""
 ARCH_PARTS = 4
 """Of the data that logits learn from, one per outer epoch in turn, as Zur et al. (1904.09872)."""
 
@@ -85,15 +88,16 @@ class Experiment:
 
     recipe       None: that of the options' method
     checkpoints  where phases leave their state, and find it if they were run before; None: nowhere
+    ranks        that compute it together: all call `run`, rank 0 writes
     meter        what the phases took
     restored     the phases that were over before, and are not run again
     """
 
     def __init__(
         self, options: RunOptions, task: Task, seed: int, folder: Path, watcher: Watcher, recipe: Recipe | None = None,
-        checkpoints: Checkpoints | None = None,
+        checkpoints: Checkpoints | None = None, ranks: Ranks = ALONE,
     ) -> None:  # fmt: skip
-        self.checkpoints = checkpoints
+        self.checkpoints, self.ranks = checkpoints, ranks
         self.restored: set[str] = set()
         self.device = device_of(options.device)
         self.options, self.task, self.seed, self.folder, self.watcher = options, task.to(self.device), seed, folder, watcher
@@ -125,7 +129,7 @@ class Experiment:
         label, uniform = self.recipe.uniform(net, search, self.batches())
         self.train("uniform", uniform, options.search_epochs + options.finetune_epochs, options.finetune_lr)
 
-        save(searched, self.folder / "model.safetensors")
+        self.ranks.from_main(save, searched, self.folder / "model.safetensors")
         networks = {
             "float": self.measure("float", net),
             "searched": self.measure("searched", searched),
@@ -145,26 +149,32 @@ class Experiment:
         """Search from the float network, which does not change, and fine-tune what comes out. Writes policy.json."""
         search = self._search(net)
         path = self.folder / "policy.json"
-        if "search" in self.restored and path.exists():
-            policy = Policy.load(path)
+        known = self.ranks.from_main(lambda: path.read_text() if "search" in self.restored and path.exists() else None)
+        if known is not None:
+            policy = Policy.from_json(known)
         else:
             policy = search.policy()
-            policy.save(path)
+            self.ranks.agree("policy", policy.to_json())
+            self.ranks.from_main(policy.save, path)
         final = self.recipe.finish(search, policy, self.batches())
         self.train("finetune", final, self.options.finetune_epochs, self.options.finetune_lr)
         return search, policy, final
 
     def batches(self) -> list[Tensor]:
         """A few training inputs, to set ranges from."""
-        return [x for x, _ in itertools.islice(self._loader("train"), CALIBRATION_BATCHES)]
+        return [x for x, _ in itertools.islice(self._loader("train", ALONE), CALIBRATION_BATCHES)]
 
-    def _loader(self, part: str | Part) -> Batches:
-        """Of training data, shuffled and augmented, in the layout of the options."""
-        loader = self.task.loader(part, self.options.batch_size, self.generator)
+    def _loader(self, part: str | Part, ranks: Ranks | None = None) -> Batches:
+        """Of training data, shuffled and augmented, in the layout of the options. ranks: who share the batches, None: those of the run."""
+        loader = self.task.loader(part, self.options.batch_size, self.generator, shard=(ranks or self.ranks).shard)
         return loader if self.options.channels_last else Contiguous(loader)
 
+    def _plain(self, part: str) -> Batches:
+        """Every image of a part, to measure."""
+        return self.task.loader(part, max(MEASURED, self.ranks.count), shard=self.ranks.shard)
+
     def _accuracy(self, net: nn.Module, part: str) -> float:
-        return accuracy_on(net, self.task.loader(part, 256), channels_last=self.options.channels_last)[1]
+        return accuracy_on(net, self._plain(part), channels_last=self.options.channels_last, ranks=self.ranks)[1]
 
     def _search(self, net: nn.Module) -> Search:
         options, method = self.options, METHODS[self.options.method]
@@ -182,12 +192,14 @@ class Experiment:
         phase = self._phase("search", mixed, search, needed=True)
         if phase.ended:
             return search
+        search.share(self.ranks)
 
         def on_step(result: StepResult) -> None:
             self.watcher.step({"loss": result.loss, "cost": result.cost_ratio})
             phase.step()
 
         def on_epoch(values: dict[str, Any]) -> None:
+            self.ranks.synchronise(mixed)
             with search.method.chosen():
                 values["val_accuracy"] = self._accuracy(mixed, "val")
             self._record(phase, values)
@@ -225,6 +237,7 @@ class Experiment:
         phase = self._phase(name, net, trainer)
         if phase.ended:
             return
+        trainer.share(self.ranks)
         self._watch(phase, epochs * len(loader))
         refresh = CodebookRefresh(net, len(loader)) if any(codebook_layers(net)) else None
 
@@ -240,7 +253,7 @@ class Experiment:
             self._record(phase, values)
 
         with self._running(phase):
-            trainer.fit(loader, val_loader=self.task.loader("val", 256), progress=on_step, on_epoch=on_epoch, passes=phase)
+            trainer.fit(loader, val_loader=self._plain("val"), progress=on_step, on_epoch=on_epoch, passes=phase)
 
     def _phase(self, name: str, net: nn.Module, loop: Trainer | Search, needed: bool = False) -> Phase:
         phase = Phase(name, net, loop, self.generator, self.meter, self.folder, self.checkpoints, needed)
@@ -264,6 +277,11 @@ class Experiment:
 
     def _record(self, phase: Phase, values: Mapping[str, Any]) -> None:
         line = {"phase": phase.name, "seed": self.seed, **{name: v for name, v in values.items() if name != "phase"}}
+        self.ranks.from_main(self._append, line, phase)
+        phase.epoch()
+        self.watcher.epoch(line)
+
+    def _append(self, line: Mapping[str, Any], phase: Phase) -> None:
         path = self.folder / METRICS
         try:
             with path.open("a") as file:
@@ -272,8 +290,6 @@ class Experiment:
                 os.fsync(file.fileno())
         except OSError as error:
             raise CheckpointError(f"cannot write {path}: {error.strerror or error}{phase.last_good()}") from None
-        phase.epoch()
-        self.watcher.epoch(line)
 
     def measure(self, label: str, net: nn.Module) -> Network:
         """Accuracies and cost. What networks with codebooks cost is told by the bits of their layers: every weight of a filter that is not

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qprune.errors import BackendError
 from qprune.passes import following
+from qprune.ranks import ALONE, Ranks
 
 AMP: dict[str, torch.dtype | None] = {"": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 COMPILER = "inductor"
@@ -29,6 +30,8 @@ class Switches(Protocol):
     def tf32(self) -> bool | None: ...
     @property
     def cuda_graph(self) -> bool: ...
+    @property
+    def batch_size(self) -> int: ...
 
 
 def is_device(text: object) -> bool:
@@ -56,9 +59,22 @@ def described(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
 
 
-def check(switches: Switches) -> torch.device:
-    """The device. Raises BackendError if it is not there, or cannot do what is asked for."""
+def check(switches: Switches, ranks: Ranks = ALONE) -> torch.device:
+    """The device. Raises BackendError if it is not there, or if it, or the ranks together, cannot do what is asked for."""
     device = device_of(switches.device)
+    if not ranks.alone:
+        if switches.batch_size % ranks.count:
+            raise BackendError(
+                f"batch_size: {switches.batch_size} samples, those of all processes, cannot be shared equally by {ranks.count}; choose a "
+                "multiple"
+            )
+        if switches.cuda_graph:
+            raise BackendError("cuda_graph: the exchange between processes cannot be recorded; leave it out, or run one process")
+        if device.type == "cuda" and (":" in switches.device or ranks.local >= torch.cuda.device_count()):
+            raise BackendError(
+                f"device: every process needs a GPU of its own; this is process {ranks.local} of a machine with "
+                f"{torch.cuda.device_count()}, and {switches.device!r} is asked for; take auto, cuda or cpu, and as many processes as GPUs"
+            )
     if switches.cuda_graph and device.type != "cuda":
         raise BackendError(f"cuda_graph: needs a CUDA GPU, and the run computes on {device}; leave it out, or choose another device")
     return device

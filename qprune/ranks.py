@@ -91,15 +91,15 @@ class Ranks:
         torch.distributed.all_gather_object(found, value, group=self.group)
         return found
 
-    def from_main(self, work: Callable[[], T]) -> T:
-        """What `work` returns on rank 0, which alone calls it. Where it raises, RankError on the others."""
+    def from_main(self, work: Callable[..., T], *args: Any) -> T:
+        """What work(*args) returns on rank 0, which alone calls it. Where it raises, RankError on the others."""
         if self.alone:
-            return work()
+            return work(*args)
         result: list[Any] = [None, None]
         error: BaseException | None = None
         if self.main:
             try:
-                result[1] = work()
+                result[1] = work(*args)
             except BaseException as raised:
                 error, result[0] = raised, f"{type(raised).__name__}: {' '.join(str(raised).split())}"
         torch.distributed.broadcast_object_list(result, group=self.group, group_src=0)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qprune.errors import CheckpointError
+from qprune.ranks import ALONE, Ranks
 from qprune.resume.signals import Stop
 from qprune.resume.statefile import read_state, write_state
 
@@ -24,44 +25,60 @@ class Checkpoints:
     minutes  between two checkpoints within an epoch; 0: only at the end of epochs
     keep     how many are kept, besides the ends of phases
     stop     who may ask to stop
+    ranks    of which rank 0 has the files; all of them make every call here
     steps    done of this seed, over all phases
     metrics  bytes of metrics.jsonl that the newest state knows
     """
 
-    def __init__(self, folder: Path, minutes: float = 10.0, keep: int = 3, stop: Stop | None = None) -> None:
-        self.folder, self.minutes, self.keep, self.stop = folder, minutes, keep, stop or Stop()
+    def __init__(self, folder: Path, minutes: float = 10.0, keep: int = 3, stop: Stop | None = None, ranks: Ranks = ALONE) -> None:
+        self.folder, self.minutes, self.keep, self.stop, self.ranks = folder, minutes, keep, stop or Stop(), ranks
         self.steps = self.metrics = 0
         self._saved_at = time.monotonic()
-        for left in folder.glob(".*"):  # of writes that were cut short
-            left.unlink(missing_ok=True)
+        if ranks.main:
+            for left in folder.glob(".*"):  # of writes that were cut short
+                left.unlink(missing_ok=True)
 
     @property
     def due(self) -> bool:
         """It is time for one within an epoch."""
         return bool(self.minutes) and time.monotonic() - self._saved_at >= 60 * self.minutes
 
+    def wanted(self) -> bool:
+        """Is one due, or was any rank asked to stop? Then `stop` knows that on all of them."""
+        due, self.stop.asked = self.ranks.largest(self.ranks.main and self.due, self.stop.asked)
+        return bool(due or self.stop.asked)
+
     def save(self, phase: str, state: dict[str, Any], end: bool = False) -> Path:
         """Write a checkpoint and remove those that are too many. Raises CheckpointError where it cannot be written; the others stay."""
         path = self.folder / f"{self.steps:0{DIGITS}d}-{phase}{END if end else ''}.safetensors"
+        self.ranks.from_main(self._write, path, state | {"steps": self.steps, "end": end})
+        self._saved_at = time.monotonic()
+        return path
+
+    def _write(self, path: Path, state: dict[str, Any]) -> None:
         try:
-            write_state(path, state | {"steps": self.steps, "end": end})
+            write_state(path, state)
         except CheckpointError as error:
             last = self.last()
             raise CheckpointError(f"{error}; the last good checkpoint is {last}" if last else str(error)) from None
-        self._saved_at = time.monotonic()
         for old in self._files()[: -self.keep]:
             old.unlink(missing_ok=True)
-        return path
 
     def forget_later(self) -> None:
         """Remove what is of later steps than the present one, when a phase goes on from an earlier one."""
-        for path in self.folder.glob(f"{_NUMBER}-*.safetensors"):
+        for path in self.folder.glob(f"{_NUMBER}-*.safetensors") if self.ranks.main else ():
             if int(path.name[:DIGITS]) > self.steps:
                 path.unlink(missing_ok=True)
 
     def load(self, phase: str) -> dict[str, Any] | None:
         """The newest state of a phase that can be read, its end before all others; None if there is none. Damaged ones are reported and
         removed."""
+        state = self.ranks.from_main(self._newest, phase)
+        if state is not None:
+            self.steps, self.metrics = int(state["steps"]), int(state["metrics"])
+        return state
+
+    def _newest(self, phase: str) -> dict[str, Any] | None:
         ends = sorted(self.folder.glob(f"{_NUMBER}-{phase}{END}.safetensors"))
         for path in [*ends[::-1], *sorted(self.folder.glob(f"{_NUMBER}-{phase}.safetensors"), reverse=True)]:
             try:
@@ -70,7 +87,6 @@ class Checkpoints:
                 log.warning("qprune: %s; going on from the one before", error)
                 path.unlink(missing_ok=True)
                 continue
-            self.steps, self.metrics = int(state["steps"]), int(state["metrics"])
             return state
         return None
 
@@ -80,7 +96,8 @@ class Checkpoints:
 
     def clear(self) -> None:
         """Remove the folder."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if self.ranks.main:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def _files(self) -> list[Path]:
         return sorted(path for path in self.folder.glob(f"{_NUMBER}-*.safetensors") if not path.stem.endswith(END))

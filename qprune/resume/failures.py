@@ -12,6 +12,7 @@ from safetensors.torch import save as to_bytes
 from qprune.errors import CheckpointError, NonFiniteError, OutOfMemoryError
 from qprune.files import write_atomically
 from qprune.options import OptionError, RunOptions
+from qprune.ranks import RankError, is_lost
 from qprune.resume.phase import Phase
 
 REPLAY = "nonfinite.safetensors"
@@ -20,9 +21,11 @@ REPLAY = "nonfinite.safetensors"
 @contextmanager
 def explained(phase: Phase, options: RunOptions, seed: int) -> Iterator[None]:
     """Within, a NonFiniteError gets the file with its batch and the last good checkpoint into its message, and memory that does not suffice
-    becomes an OutOfMemoryError that names the options to change."""
+    becomes an OutOfMemoryError that names the options to change. Another rank that is gone becomes a RankError."""
     try:
         yield
+    except RankError:
+        raise
     except NonFiniteError as error:
         where = _replay(error, phase, seed)
         error.args = (f"{error}{where}{phase.last_good()}",)
@@ -30,6 +33,11 @@ def explained(phase: Phase, options: RunOptions, seed: int) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if "deterministic implementation" in str(error):
             raise OptionError(f"deterministic: phase {phase.name}: {' '.join(str(error).split())}") from error
+        if not phase.ranks.alone and is_lost(error):
+            why = " ".join(str(error).split())[:200]
+            raise RankError(
+                f"phase {phase.name}: another process of the run ended, or does not answer ({why}){phase.last_good()}"
+            ) from error
         if not _is_memory(error):
             raise
         what = " ".join(str(error).split())[:200] or "no memory left"
@@ -45,6 +53,10 @@ def _replay(error: NonFiniteError, phase: Phase, seed: int) -> str:
     path: Path = phase.folder / REPLAY
     x, y = error.batch
     words = f"; batch {error.index} of epoch {place['epoch']}, phase {phase.name}"
+    if error.rank not in (None, phase.ranks.rank):
+        return words
+    if error.rank is None and not phase.ranks.main:
+        return words
     try:
         tensors = {"x": x.detach().cpu().contiguous().clone(), "y": y.detach().cpu().contiguous().clone()}
         write_atomically(path, to_bytes(tensors, {name: str(value) for name, value in place.items()}))

@@ -86,8 +86,14 @@ def begin(folder: Path, options: RunOptions, environment: Mapping[str, str]) -> 
 
 def take_up(folder: Path, environment: Mapping[str, str]) -> None:
     """Compute as the run in the folder began to: with as many threads. Reports other versions and devices, whose results may differ in the
-    last bits."""
+    last bits. Raises CheckpointError for another number of processes, which the checkpoints are not for."""
     threads, began = _threads(folder), _environment(folder)
+    processes = began.get("processes", "1"), environment.get("processes", "1")
+    if processes[0] != processes[1]:
+        raise CheckpointError(
+            f"the run in {folder} began with {processes[0]} processes, and there are {processes[1]}; go on with as many "
+            "(torchrun --nproc_per_node)"
+        )
     if threads is None:
         log.warning("qprune: cannot read %s; the number of threads may differ from before", folder / ENVIRONMENT)
         return

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from qprune.errors import CheckpointError
 from qprune.passes import Passes
+from qprune.ranks import ALONE
 from qprune.resume.checkpoints import Checkpoints
 from qprune.resume.hidden import hidden_state, load_hidden_state
 from qprune.resume.randomness import restore, snapshot
@@ -47,6 +48,7 @@ class Phase(Passes):
     ) -> None:  # fmt: skip
         self.name, self.model, self.loop, self.generator, self.meter = name, model, loop, generator, meter
         self.folder, self.checkpoints, self.needed = folder, checkpoints, needed
+        self.ranks = ALONE if checkpoints is None else checkpoints.ranks
         self.earlier: Usage | None = None
         self.ended = False
         self.done = 0
@@ -70,20 +72,23 @@ class Phase(Passes):
                 ) from None
         if not self.ended:
             checkpoints.forget_later()
-            _cut(self.folder / METRICS, checkpoints.metrics)
+            self.ranks.from_main(_cut, self.folder / METRICS, checkpoints.metrics)
 
     def _set(self, state: dict[str, Any]) -> None:
         """Model, loop and random numbers as they were."""
+        if len(state["ranks"]) != self.ranks.count:
+            raise ValueError(f"it is of {len(state['ranks'])} processes, and there are {self.ranks.count}")
+        own = state["ranks"][self.ranks.rank]
         self.model.load_state_dict(state["model"])
         if state["loop"] is not None:
-            self.loop.load_state_dict({**state["loop"], "model": state["model"]})
+            self.loop.load_state_dict({**state["loop"], "running": own["running"], "model": state["model"]})
         load_hidden_state(self.model, state["hidden"])
-        restore(state["now"], self.generator)
+        restore(own["now"], self.generator)
         self.ended, self.earlier = state["end"], Usage(**state["usage"])
         if self.ended:
             self.meter.phases[self.name] = self.earlier
-        elif state["loop"]["running"] is not None:
-            self._left = state
+        elif own["running"] is not None:
+            self._left = own
 
     def begin(self) -> None:
         """Note the random numbers that the pass draws its order with, or set those that it drew it with."""
@@ -103,7 +108,7 @@ class Phase(Passes):
         """A step is done. Raises Stopped, with everything saved, if that was asked for."""
         if self.checkpoints is not None:
             self.checkpoints.steps += 1
-            if self.checkpoints.due or self.checkpoints.stop.asked:
+            if self.checkpoints.wanted():
                 self._save()
             self._check_stop()
 
@@ -111,12 +116,14 @@ class Phase(Passes):
         """An epoch is done, and recorded."""
         if self.checkpoints is not None:
             self._save()
+            self.checkpoints.wanted()
             self._check_stop()
 
     def end(self, usage: Usage) -> None:
         """The phase is over."""
         if self.checkpoints is not None:
             self._save(usage)
+            self.checkpoints.wanted()
             self._check_stop()
 
     def last_good(self) -> str:
@@ -143,22 +150,30 @@ class Phase(Passes):
         assert self.checkpoints is not None
         model = self.model.state_dict()
         tensors = [value for value in model.values() if isinstance(value, Tensor) and value.is_floating_point()]
-        if not all(bool(torch.isfinite(value).all()) for value in tensors):
+        if not self.ranks.all(all(bool(torch.isfinite(value).all()) for value in tensors)):
             return
         end = usage is not None
         loop = {name: value for name, value in self.loop.state_dict().items() if name != "model"}
+        running = loop.pop("running")
+        own = {"running": _on_cpu(running), "start": self._start if running is not None else None, "now": snapshot(self.generator)}
         self.checkpoints.metrics = _size(self.folder / METRICS)
         state = {
             "phase": self.name,
             "model": model,
             "hidden": hidden_state(self.model),
             "loop": loop if self.needed or not end else None,
-            "start": self._start if loop["running"] is not None else None,
-            "now": snapshot(self.generator),
+            "ranks": self.ranks.gathered(own),
             "metrics": self.checkpoints.metrics,
             "usage": asdict(usage or self.meter.so_far()),
         }
         self.checkpoints.save(self.name, state, end)
+
+
+def _on_cpu(value: Any) -> Any:
+    """Numbers of one process, for another: devices are not theirs."""
+    if isinstance(value, dict):
+        return {key: _on_cpu(item) for key, item in value.items()}
+    return value.detach().cpu() if isinstance(value, Tensor) else value
 
 
 def _size(path: Path) -> int:

@@ -18,13 +18,13 @@ def seed_all(seed: int) -> None:
 
 
 def snapshot(generator: torch.Generator) -> dict[str, Any]:
-    """The states of `generator` and of the global ones of torch (with its GPUs), Python and NumPy."""
+    """The states of `generator` and of the global ones of torch (with that of the present GPU), Python and NumPy."""
     version, words, gauss = random.getstate()
     _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
         "generator": generator.get_state(),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
         "python": (version, torch.tensor(words, dtype=torch.int64), gauss),
         "numpy": (torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), float(cached)),
     }
@@ -34,8 +34,8 @@ def restore(state: dict[str, Any], generator: torch.Generator) -> None:
     """Put all of them where they were at the snapshot."""
     generator.set_state(state["generator"])
     torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"])
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words.tolist()), gauss))
     keys, position, has_gauss, cached = state["numpy"]

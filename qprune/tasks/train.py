@@ -111,6 +111,11 @@ class Trainer:
         if quantizer:
             self.optimizers.append((torch.optim.Adam(quantizer, lr=quantizer_lr), quantizer_lr))
 
+    def share(self, ranks: Ranks) -> None:
+        """Let the ranks of a distributed job make every step together, each on its share of a batch. To be called on all of them before the
+        first step."""
+        self.model, self.ranks = ranks.wrapped(self.model), ranks
+
     def run_epoch(
         self, loader: Batches, progress: Callable[[int, int, float], None] | None = None, passes: Passes | None = None
     ) -> dict[str, float]:
