@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +19,7 @@ from qprune.commands.search import search
 from qprune.commands.study import study
 from qprune.commands.train import train
 from qprune.errors import QPruneError
+from qprune.ranks import RankError
 from qprune.resume.signals import Stopped
 
 app = typer.Typer(
@@ -25,6 +28,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+_TOLD = 3.0
+"""Seconds in which torchrun ends the other processes when rank 0 fails: what fails all of them is then told once."""
 for _command in (search, export, compare, study, train, cost, report, bench):
     app.command()(_command)
 
@@ -35,16 +40,21 @@ def main() -> None:
 
 
 def _guarded(command: Callable[..., Any]) -> None:
+    rank = int(os.environ.get("RANK", "0"))
     try:
         command()
     except QPruneError as error:
-        sys.stderr.write(f"qprune: {' '.join(str(error).split())}\n")
+        if rank:
+            time.sleep(_TOLD)
+        if not rank or not isinstance(error, RankError):
+            sys.stderr.write(f"qprune: {f'rank {rank}: ' if rank else ''}{' '.join(str(error).split())}\n")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.stderr.write("qprune: interrupted\n")
         sys.exit(130)
     except Stopped as stopped:
-        sys.stderr.write(f"qprune: {stopped}\n")
+        if not rank:
+            sys.stderr.write(f"qprune: {stopped}\n")
         sys.exit(stopped.exit_code)
 
 

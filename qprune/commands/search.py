@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,9 @@ import typer
 from qprune.commands import shared
 from qprune.commands.given import Given, show
 from qprune.console import Bars, result_table
+
+REPEATED = 5.0
+"""Seconds within which a signal is the one before, which a terminal and torchrun both send to every process."""
 
 
 def search(
@@ -58,37 +62,47 @@ def search(
     resume: shared.Resume = False,
     checkpoint_minutes: shared.CheckpointMinutes = 10.0,
     keep: shared.Keep = 3,
+    rank_timeout: Annotated[float, typer.Option(help="Under torchrun: minutes that a process waits for the others.")] = 10.0,
     onnx: Annotated[bool, typer.Option("--onnx/--no-onnx", help="Write model.onnx at the end.")] = True,
 ) -> None:
     """Train a float network, search its bits within a budget, fine-tune, and compare with the uniform network of at least that cost."""
     from qprune import seeds as repeated
     from qprune.config import comparable
+    from qprune.experiment import Watcher
+    from qprune.exporting import add_onnx
     from qprune.options import RunOptions
-    from qprune.resume.folder import check_same, stored_options
+    from qprune.ranks import joined
+    from qprune.resume.folder import RESULT, check_same, stored_options
     from qprune.resume.signals import Stop
     from qprune.watch import TENSORBOARD, Several, TensorBoard, has_tensorboard
 
     shared.set_threads(threads)
-    given = Given(context, RunOptions, "a run")
-    began = stored_options(out) if resume else None
-    if began is not None:
-        check_same(began, out, comparable(began, given.set), threads)
-    options = began or given.options()
-    if print_config:
-        show(options)
-        return
-    if began is not None and (out / "result.json").exists():
-        shared.console.print(f"{out} holds a finished run.")
-    stop = Stop()
-    with stop.listening(), Bars(shared.console, options.seeds, options.batch_size) as bars:
-        watcher = Several([bars, TensorBoard(out / TENSORBOARD)] if has_tensorboard() else [bars])
-        result = repeated.run(
-            options, out, watcher, overwrite, resume=resume, minutes=checkpoint_minutes, keep=keep, stop=stop,
-        )  # fmt: skip
-    if onnx:
-        from qprune.exporting import add_onnx
-
-        result = add_onnx(out)
-    shared.console.print(result_table(result))
-    shared.console.print(result["summary"]["verdict"])
-    shared.console.print(f"Report: {out / 'report.html'}")
+    with joined(rank_timeout) as ranks:
+        given = Given(context, RunOptions, "a run")
+        began = ranks.from_main(stored_options, out) if resume else None
+        if began is not None:
+            ranks.from_main(check_same, began, out, comparable(began, given.set), threads)
+        options = began or given.options()
+        ranks.agree("configuration", str(options.as_dict()))
+        if print_config:
+            if ranks.main:
+                show(options)
+            return
+        if ranks.main and began is not None and (out / RESULT).exists():
+            shared.console.print(f"{out} holds a finished run.")
+        stop = Stop(patience=0.0 if ranks.alone else REPEATED)
+        bars = Bars(shared.console, options.seeds, options.batch_size) if ranks.main else nullcontext()
+        with stop.listening(), bars as drawn:
+            watchers: list[Watcher] = [] if drawn is None else [drawn]
+            if ranks.main and has_tensorboard():
+                watchers.append(TensorBoard(out / TENSORBOARD))
+            result = repeated.run(
+                options, out, Several(watchers), overwrite,
+                resume=resume, minutes=checkpoint_minutes, keep=keep, stop=stop, ranks=ranks,
+            )  # fmt: skip
+    if ranks.main:
+        if onnx:
+            result = add_onnx(out)
+        shared.console.print(result_table(result))
+        shared.console.print(result["summary"]["verdict"])
+        shared.console.print(f"Report: {out / 'report.html'}")

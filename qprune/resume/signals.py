@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -24,10 +26,13 @@ class Stopped(BaseException):
 
 
 class Stop:
-    """asked  the number of the signal that came, 0 if none did"""
+    """asked     the number of the signal that came, 0 if none did
+    patience  seconds after the first signal in which others mean the same
+    """
 
-    def __init__(self) -> None:
-        self.asked = 0
+    def __init__(self, patience: float = 0.0) -> None:
+        self.asked, self.patience = 0, patience
+        self._since = math.inf
 
     @contextmanager
     def listening(self) -> Iterator[Stop]:
@@ -44,7 +49,8 @@ class Stop:
                 signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        now = time.monotonic()
+        if now - self._since >= self.patience:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        self.asked = number
+        self.asked, self._since = self.asked or number, min(self._since, now)
