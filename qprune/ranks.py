@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -123,6 +124,8 @@ class Ranks:
         """The model in DistributedDataParallel, which begins with the parameters of rank 0; alone, the model itself."""
         if self.alone or not any(p.requires_grad for p in model.parameters()):
             return model
+        # of a weight with one input channel, whose layout has two names
+        warnings.filterwarnings("ignore", message=r"Grad strides do not match bucket view strides(.|\n)*grad\.sizes\(\) = \[\d+, 1, ")
         device = next(model.parameters()).device
         places = [device.index] if device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(model, device_ids=places, process_group=self.group)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from qprune.errors import InputError
 from qprune.prepare import arch_parameters, weight_parameters
+from qprune.record import unwrap
 from qprune.search.method import Closure, Method, StepResult
 
 
@@ -32,6 +33,7 @@ class Darts(Method):
         if second_order and self.recorder is not None:
             raise InputError("darts: second_order=True reads numbers back in every step and cannot be recorded; leave out cuda_graph=True")
         self.second_order = second_order
+        self.passes = 4 if second_order else 1
 
     def step(
         self, closure: Closure, arch_closure: Closure | None = None, batch: Sequence[Tensor] = (), arch_batch: Sequence[Tensor] = ()
@@ -67,7 +69,8 @@ class Darts(Method):
             return self.run(self.arch_update, closure, batch)
         self.optimizers.zero_grad()
         slack = self.constraint.slack(self.expected_cost())
-        loss, gradient = self._unrolled(lambda m: train(m, *train_batch), lambda m: closure(m, *batch))
+        # DistributedDataParallel waits for gradients of every loss; those of the unrolled step are averaged here
+        loss, gradient = self._unrolled(lambda m: train(unwrap(m), *train_batch), lambda m: closure(unwrap(m), *batch))
         self.constraint.penalty(slack).backward()
         for p, g in zip(arch_parameters(self.model), gradient, strict=True):
             p.grad = g if p.grad is None else p.grad + g
@@ -95,7 +98,7 @@ class Darts(Method):
         return loss, [g - rate * (up - down) / (2 * epsilon) for g, up, down in zip(by_arch, *sides, strict=True)]
 
     def _gradients(self, loss: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
-        """The mean over the ranks: DistributedDataParallel takes no part in this."""
+        """The mean over the ranks."""
         return self.ranks.means(torch.autograd.grad(loss, parameters, materialize_grads=True))
 
 
