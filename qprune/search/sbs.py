@@ -23,13 +23,15 @@ same; fine-tuning no longer normalises it. Its pruned filters are gone, as their
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qprune.accumulation import calibrate_first
 from qprune.budget import Budget
 from qprune.cost import cost, geometry_of
 from qprune.errors import InputError
@@ -41,6 +43,7 @@ from qprune.prepare import quantizer_parameters, weight_parameters
 from qprune.record import unwrap
 from qprune.search.method import Closure, Method, StepResult
 from qprune.search.optimizers import Optimizers
+from qprune.search.residuals import of_the_batch
 from qprune.search.sbs_policy import Allocation, gate_probabilities, gated_chains, nested_layers
 
 MODES = ("joint", "quantization", "pruning", "two-stage")
@@ -149,6 +152,20 @@ class Sbs(Method):
         if self.lmbda is None:
             self.constraint.update(slack)
         return self.values(loss, slack)
+
+    def task_loss(self, closure: Closure, batch: Sequence[Tensor] = (), backward: Callable[[Tensor], None] | None = None) -> Tensor:
+        """As for every method; in parts, the gates decide by the residuals of the whole batch."""
+        if self.accumulate == 1:
+            return super().task_loss(closure, batch, backward)
+        forward = functools.partial(closure, self.model)
+        calibrate_first(self.model, forward, batch)
+        with of_the_batch(self.model, self.input_gates, forward, batch, self.accumulate) as begin:
+
+            def begun(model: nn.Module, *part: Tensor) -> Tensor:
+                begin()
+                return closure(model, *part)
+
+            return super().task_loss(begun, batch, backward)
 
     def _thresholds(self) -> list[nn.Parameter]:
         gates: list[BitGate | PruningGate] = [*self.weight_gates, *self.input_gates, *(chain.pruning.gate for chain in self.chains)]
