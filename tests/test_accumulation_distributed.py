@@ -1,0 +1,101 @@
+"""Gradient accumulation inside DistributedDataParallel, two processes over gloo: gradients travel once a step, and two ranks on halves of
+the data are one process on all of it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import two_ranks
+from test_accumulation import data, network
+from torch import Tensor, nn
+
+import qprune
+from qprune import SearchSpace
+from qprune.cost import geometry_of
+from qprune.nn.nested import nest
+from qprune.search.driver import Search
+from qprune.tasks.train import Trainer
+
+STEPS = 2
+CASES = ("edmips", "darts", "zur", "sbs")
+
+
+def trained(wrap: bool, rank: int | None, accumulate: int) -> tuple[list[Tensor], int]:
+    """The parameters after STEPS steps of training, and how often a rank was asked to reduce gradients."""
+    model = network()
+    parallel, reduced = wrapped(model) if wrap else (model, [])
+    Trainer(parallel, 1, lr=0.05, accumulate=accumulate).fit(batches(rank))
+    return [p.detach() for p in model.parameters()], len(reduced)
+
+
+def searched(case: str, wrap: bool, rank: int | None, accumulate: int) -> tuple[list[Tensor], int]:
+    x = data(1)[0][0]
+    space = SearchSpace(pairs=((2, 2), (4, 4)), granularity="filter", placement="output") if case == "zur" else SearchSpace((2, 4))
+    model = qprune.prepare(network(), space, example_inputs=x)
+    qprune.calibrate(model, [x])
+    if case == "sbs":
+        nest(model, geometry_of(model))
+    parallel, reduced = wrapped(model.train()) if wrap else (model.train(), [])
+    options: dict[str, Any] = {"samples": 2} if case == "zur" else {}
+    search = Search(parallel, qprune.Budget(bops="w3a3"), case, accumulate=accumulate, **options)
+    search.fit(batches(rank), batches(rank)[::-1])
+    return [p.detach() for p in model.parameters()], len(reduced)
+
+
+def wrapped(model: nn.Module) -> tuple[nn.Module, list[int]]:
+    """With the list that gets an entry whenever all gradients are reduced."""
+    parallel, reduced = nn.parallel.DistributedDataParallel(model), list[int]()
+
+    def count(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        if bucket.is_last():
+            reduced.append(1)
+        dist.all_reduce(bucket.buffer())
+        done: torch.futures.Future[Tensor] = torch.futures.Future()
+        done.set_result(bucket.buffer() / dist.get_world_size())
+        return done
+
+    parallel.register_comm_hook(None, lambda state, bucket: count(bucket))
+    return parallel, reduced
+
+
+def batches(rank: int | None) -> list[tuple[Tensor, Tensor]]:
+    """12 samples a step; 6 of them for a rank."""
+    half = slice(None) if rank is None else slice(6 * rank, 6 * rank + 6)
+    return [(x[half], y[half]) for x, y in data(STEPS, 12)]
+
+
+def work(rank: int, store: str) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    found = {"trainer": trained(True, rank, 3)} | {case: searched(case, True, rank, 3) for case in CASES}
+    dist.destroy_process_group()
+    return {case: {"parameters": [p.tolist() for p in parameters], "reduced": reduced} for case, (parameters, reduced) in found.items()}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    return two_ranks(__file__, tmp_path_factory.mktemp("ranks") / "store")
+
+
+@pytest.mark.parametrize("case", ["trainer", *CASES])
+def test_two_ranks_are_one_process(case: str, ranks: tuple[Any, Any]) -> None:
+    first, second = ranks
+    assert first[case] == second[case]
+    expected, _ = trained(False, None, 1) if case == "trainer" else searched(case, False, None, 1)
+    for found, value in zip(first[case]["parameters"], expected, strict=True):
+        torch.testing.assert_close(torch.tensor(found, dtype=value.dtype), value, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", ["trainer", *CASES])
+def test_gradients_travel_once_a_step(case: str, ranks: tuple[Any, Any]) -> None:
+    updates = 2 * STEPS if case == "darts" else STEPS  # of the logits and of the weights
+    assert [rank[case]["reduced"] for rank in ranks] == [updates, updates]
+
+
+if __name__ == "__main__":
+    print(json.dumps(work(int(sys.argv[2]), sys.argv[1])))
