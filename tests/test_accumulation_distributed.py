@@ -3,14 +3,12 @@ the data are one process on all of it."""
 
 from __future__ import annotations
 
-import json
-import sys
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import two_ranks
+from ranks import be_one_of_two, two_ranks
 from test_accumulation import data, network
 from torch import Tensor, nn
 
@@ -69,11 +67,8 @@ def batches(rank: int | None) -> list[tuple[Tensor, Tensor]]:
     return [(x[half], y[half]) for x, y in data(STEPS, 12)]
 
 
-def work(rank: int, store: str) -> dict[str, Any]:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def work(rank: int) -> dict[str, Any]:
     found = {"trainer": trained(True, rank, 3)} | {case: searched(case, True, rank, 3) for case in CASES}
-    dist.destroy_process_group()
     return {case: {"parameters": [p.tolist() for p in parameters], "reduced": reduced} for case, (parameters, reduced) in found.items()}
 
 
@@ -98,4 +93,4 @@ def test_gradients_travel_once_a_step(case: str, ranks: tuple[Any, Any]) -> None
 
 
 if __name__ == "__main__":
-    print(json.dumps(work(int(sys.argv[2]), sys.argv[1])))
+    be_one_of_two(work)
