@@ -28,14 +28,15 @@ def check_parts(accumulate: object, who: str) -> int:
     return accumulate
 
 
-def split(batch: Sequence[Tensor], parts: int) -> list[Part]:
-    """The batch in `parts` parts along the first dimension, whose lengths differ by 1 at most; a part per sample where there are fewer
-    samples. Raises InputError unless the tensors have one length."""
+def split(model: nn.Module, batch: Sequence[Tensor], parts: int) -> list[Part]:
+    """The batch in `parts` parts along the first dimension, whose lengths differ by 1 at most. In fewer, where a part would have no sample,
+    or only one to normalise by. Raises InputError unless the tensors have one length."""
     lengths = {tuple(t.shape[:1]) for t in batch}
     if len(lengths) != 1 or () in lengths:
         raise InputError(f"accumulate: the tensors of a batch must have one length, got shapes {[tuple(t.shape) for t in batch]}")
     ((length,),) = lengths
-    pieces = zip(*(t.tensor_split(max(min(parts, length), 1)) for t in batch), strict=True)
+    least = 2 if any(map(_normalises, unwrap(model).modules())) else 1
+    pieces = zip(*(t.tensor_split(max(min(parts, length // least), 1)) for t in batch), strict=True)
     return [(len(piece[0]) / max(length, 1), piece) for piece in pieces]
 
 
@@ -55,7 +56,7 @@ def in_parts(model: nn.Module, loss: Loss, batch: Sequence[Tensor], parts: int, 
     over the parts. Where ranges are not calibrated yet, loss(*batch) is first called without gradients, so that they start as they would
     from the whole batch. On any error gradients are gone, and running statistics as they were.
     """
-    pieces = split(batch, parts) if parts > 1 else []
+    pieces = split(model, batch, parts) if parts > 1 else []
     if len(pieces) < 2:
         return loss(*batch)
     calibrate_first(model, loss, batch)
@@ -87,11 +88,11 @@ def calibrate_first(model: nn.Module, forward: Callable[..., object], batch: Seq
             forward(*batch)
 
 
-def mean_of_parts(measure: Loss, batch: Sequence[Tensor], parts: int) -> Tensor:
+def mean_of_parts(model: nn.Module, measure: Loss, batch: Sequence[Tensor], parts: int) -> Tensor:
     """measure(*batch) for a mean over samples that needs no gradient, from the parts of the batch; in one call without a batch."""
     if parts == 1 or not batch:
         return measure(*batch)
-    return torch.stack([share * measure(*piece) for share, piece in split(batch, parts)]).sum(0)
+    return torch.stack([share * measure(*piece) for share, piece in split(model, batch, parts)]).sum(0)
 
 
 @contextmanager
@@ -119,6 +120,11 @@ def _moving(module: nn.Module) -> bool:
     return isinstance(module, OutputQuantizer) and module.kind == "uniq"
 
 
+def _normalises(module: nn.Module) -> bool:
+    """Whether training is by the statistics of the batch."""
+    return isinstance(module, _NormBase) or _moving(module)
+
+
 class RunningStatistics:
     """The running statistics that passes in training mode move: every part begins with what was there before the step."""
 
@@ -127,7 +133,7 @@ class RunningStatistics:
         found = [
             value.data
             for module in unwrap(model).modules()
-            if module.training and (isinstance(module, _NormBase) or _moving(module))
+            if module.training and _normalises(module)
             for name, value in module.named_buffers(recurse=False)
             if name in _STATISTICS
         ]

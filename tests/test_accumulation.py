@@ -1,4 +1,4 @@
-"""Gradient accumulation: a step on a batch in parts is the step on the batch, and needs the memory of a part."""
+"""Gradient accumulation: a step on a batch in parts is the step on the batch."""
 
 from __future__ import annotations
 
@@ -7,106 +7,35 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+from accumulation_cases import CASES, Batch, compare, data, fitted, network, search_on, task, trainer_on
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.batchnorm import _NormBase
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import qprune
 from qprune import Budget, Search, SearchSpace
 from qprune.accumulation import split
 from qprune.errors import InputError, NonFiniteError
 from qprune.nn.bitgates import BitGate
-from qprune.nn.slim import slim
+from qprune.options import OptionError, RunOptions
 from qprune.precision import LossScale
 from qprune.quantizers import OutputQuantizer
 from qprune.search.alternate import alternate
 from qprune.tasks.train import Trainer
 
-Batch = tuple[Tensor, Tensor]
-
-
-def network(norms: bool = False, dtype: torch.dtype = torch.float64) -> nn.Module:
-    torch.manual_seed(0)
-    parts: list[nn.Module] = []
-    for inputs, filters, stride in ((1, 6, 1), (6, 8, 1), (8, 8, 2)):
-        parts += [nn.Conv2d(inputs, filters, 3, stride, 1), *([nn.BatchNorm2d(filters)] if norms else []), nn.ReLU()]
-    return nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)).to(dtype)
-
-
-def data(count: int, size: int = 10, seed: int = 1, dtype: torch.dtype = torch.float64) -> list[Batch]:
-    g = torch.Generator().manual_seed(seed)
-    return [(torch.randn(size, 1, 8, 8, generator=g, dtype=dtype), torch.randint(0, 3, (size,), generator=g)) for _ in range(count)]
-
-
-def task(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(model(x), y)
-
-
-UNITS: dict[str, Any] = {"pairs": ((2, 2), (4, 4)), "granularity": "filter", "placement": "output"}
-NICE, UNIQ = ({**UNITS, "weight_quantizer": kind, "input_quantizer": kind} for kind in ("nice", "uniq"))
-CASES: dict[str, dict[str, Any]] = {
-    "edmips": {"space": {"w_bits": (0, 2, 4), "a_bits": (2, 4), "granularity": "filter"}},
-    "edmips-pairs": {"space": {"pairs": ((2, 2), (4, 4))}},
-    "darts": {},
-    "darts-second": {"second_order": True},
-    "zur": {"space": NICE, "samples": 3},
-    "zur-uniq": {"space": UNIQ, "samples": 2, "cost": "sampled", "penalty": "square"},
-    "zur-gumbel": {"space": NICE, "estimator": "gumbel", "samples": 2},
-    "zur-path": {"space": NICE, "estimator": "random-path", "samples": 1},
-    "slimmable": {"budget": "macs=50%", "samples": 3},
-    "slimmable-re": {"budget": "macs=50%", "samples": 2, "statistics": "reestimated", "loss": "square"},
-    "sbs": {"space": {"w_bits": (0, 2, 4), "a_bits": (2, 4)}},
-    "annc": {"budget": "size=5%", "temperature": 4.0, "clip_grad": 0.1},
-}
-
-
-def search_on(case: str, accumulate: int, calibrated: bool = True, norms: bool = False, net: nn.Module | None = None) -> Search:
-    options = dict(CASES[case])
-    method = case.split("-")[0]
-    space, budget = options.pop("space", {"w_bits": (2, 4), "a_bits": (2, 4)}), options.pop("budget", "w3a3")
-    model, x = network(norms) if net is None else net, data(1)[0][0]
-    if method == "slimmable":
-        model = slim(model, x, ratios=(0.5, 1.0))
-    elif method != "annc":
-        model = qprune.prepare(model, SearchSpace(**space), example_inputs=x)
-        if calibrated:
-            qprune.calibrate(model, [x])
-    geometry: dict[str, Any] = {"example_inputs": x} if method == "annc" else {}
-    return Search(model.train(), Budget.parse(budget), method, accumulate=accumulate, **geometry, **options)
-
-
-def fitted(search: Search, batches: list[Batch]) -> Search:
-    search.fit(batches[: len(batches) // 2], batches[len(batches) // 2 :])
-    return search
-
-
-def compare(one: Search, other: Search, exact: float = 1e-10) -> None:
-    """Weights and losses as in float64, what gates and ranges compute in float32 as in that."""
-    expected, found = one.model.state_dict(), other.model.state_dict()
-    for name, value in expected.items():
-        fine = name.endswith((".weight", ".bias", "running_mean"))
-        torch.testing.assert_close(found[name], value, rtol=0, atol=exact if fine else 1e-6, msg=lambda text, name=name: f"{name}: {text}")
-    (before,), (after,) = one.history, other.history
-    assert after["loss"] == pytest.approx(before["loss"], rel=1e-9)
-    assert after.get("accuracy") == before.get("accuracy")
-    assert after["cost_ratio"] == pytest.approx(before["cost_ratio"], rel=1e-6)
-    assert other.method.constraint.multipliers == pytest.approx(one.method.constraint.multipliers, rel=1e-6)
-
 
 def test_split() -> None:
     x, y = data(1)[0]
-    parts = split((x, y), 3)
+    parts = split(nn.ReLU(), (x, y), 3)
     assert [len(piece[0]) for _, piece in parts] == [4, 3, 3]
     assert [share for share, _ in parts] == [0.4, 0.3, 0.3]
     assert torch.equal(torch.cat([piece[0] for _, piece in parts]), x) and torch.equal(torch.cat([piece[1] for _, piece in parts]), y)
-    assert len(split((x[:2], y[:2]), 3)) == 2
-    assert [len(piece[0]) for _, piece in split((x[:0], y[:0]), 3)] == [0]
+    assert len(split(nn.ReLU(), (x[:2], y[:2]), 3)) == 2
+    assert [len(piece[0]) for _, piece in split(nn.ReLU(), (x[:0], y[:0]), 3)] == [0]
+    assert [len(piece[0]) for _, piece in split(network(norms=True), (x[:5], y[:5]), 3)] == [3, 2]
+    assert len(split(network(norms=True), (x[:1], y[:1]), 3)) == 1
     for wrong in ((x, y[:4]), (x, torch.tensor(1)), (torch.tensor(1),)):
         with pytest.raises(InputError, match="must have one length"):
-            split(wrong, 2)
+            split(nn.ReLU(), wrong, 2)
 
 
 EXACT = [case for case in CASES if case != "zur-uniq"]  # whose quantizers take the statistics of a batch
@@ -229,10 +158,6 @@ def test_a_part_that_is_not_finite() -> None:
         assert all(p.grad is None for p in search.model.parameters())
 
 
-def trainer_on(accumulate: int, norms: bool = False, dtype: torch.dtype = torch.float64, **options: Any) -> Trainer:
-    return Trainer(network(norms, dtype), 1, lr=0.05, accumulate=accumulate, **options)
-
-
 def test_trainer() -> None:
     batches = data(4)
     one, other = trainer_on(1), trainer_on(4)
@@ -317,57 +242,6 @@ def test_float16_search() -> None:
         torch.testing.assert_close(states[1][name], expected, rtol=0, atol=float(moved) / 20, msg=lambda text, name=name: f"{name}: {text}")
 
 
-class Peak(TorchDispatchMode):
-    """The most bytes that tensors made meanwhile took at a time, each storage once."""
-
-    def __init__(self, *given: Tensor) -> None:
-        super().__init__()
-        self.given = {t.untyped_storage().data_ptr() for t in given}
-        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.most = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.alive = {address: entry for address, entry in self.alive.items() if not entry[0].expired()}
-        for t in tree_leaves(out):
-            storage = t.untyped_storage() if isinstance(t, Tensor) else None
-            if storage is not None and storage.data_ptr() not in self.given:
-                self.alive[storage.data_ptr()] = (StorageWeakRef(storage), storage.nbytes())
-        self.most = max(self.most, sum(size for _, size in self.alive.values()))
-        return out
-
-
-@pytest.mark.parametrize("case", ["edmips", "darts", "darts-second", "zur", "zur-gumbel", "slimmable", "sbs", "annc"])
-def test_memory_is_that_of_a_part(case: str) -> None:
-    """And the gradients so far."""
-    gradients = 0
-
-    def most(size: int, accumulate: int) -> int:
-        nonlocal gradients
-        search, (batch, other) = search_on(case, accumulate), data(2, size)
-        search.fit([batch], [other])  # what stays from step to step is there then
-        with Peak(*batch, *other, *search.model.parameters(), *search.model.buffers()) as peak:
-            search.fit([batch], [other])
-        gradients = sum(p.nbytes for p in search.model.parameters())
-        return peak.most
-
-    part, whole, accumulated = most(64, 1), most(256, 1), most(256, 4)
-    assert whole > 3 * part
-    assert accumulated <= 1.05 * part + gradients
-
-
-def test_memory_of_training() -> None:
-    def most(size: int, accumulate: int) -> int:
-        trainer, (batch,) = trainer_on(accumulate), data(1, size)
-        with Peak(*batch, *trainer.model.parameters()) as peak:
-            trainer.fit([batch])
-        return peak.most
-
-    part, whole, accumulated = most(64, 1), most(256, 1), most(256, 4)
-    assert whole > 3 * part
-    assert accumulated <= 1.05 * part
-
-
 def test_outer_loop_of_zur() -> None:
     batches, histories = data(4), []
     for accumulate in (1, 3):
@@ -395,3 +269,12 @@ def test_refusals() -> None:
     search = search_on("edmips", 2)
     with pytest.raises(InputError, match="must have one length"):
         search.step(task, batch=(x, y[:4]))
+
+
+def test_options() -> None:
+    assert RunOptions().accumulate == 1 and RunOptions(batch_size=8, accumulate=8).accumulate == 8
+    for wrong in (0, -1, 9):
+        with pytest.raises(OptionError, match=rf"accumulate: expected 1 to 8 parts of a batch \(batch_size\), got {wrong}"):
+            RunOptions(batch_size=8, accumulate=wrong)
+    with pytest.raises(OptionError, match="does not go with accumulate"):
+        RunOptions(accumulate=2, cuda_graph=True)

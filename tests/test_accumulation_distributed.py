@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from accumulation_cases import data, network
 from ranks import be_one_of_two, two_ranks
-from test_accumulation import data, network
 from torch import Tensor, nn
 
 import qprune

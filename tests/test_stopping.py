@@ -28,6 +28,7 @@ from qprune.errors import CheckpointError, NonFiniteError, OutOfMemoryError
 from qprune.files import write_atomically
 from qprune.resume import statefile
 from qprune.resume.checkpoints import Checkpoints
+from qprune.resume.failures import advice
 from qprune.resume.hidden import hidden_state, load_hidden_state
 from qprune.resume.phase import Phase
 from qprune.resume.randomness import restore, seed_all, snapshot
@@ -189,7 +190,12 @@ def test_a_gradient_that_is_not_finite() -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
-        ({}, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), ["--batch-size 8", "fewer candidates"]),
+        (
+            {},
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+            ["--accumulate 2", "--batch-size 8", "fewer candidates"],
+        ),
+        ({"accumulate": 12}, MemoryError(), ["--accumulate 16)"]),
         ({"pairs": ((2, 2), (4, 4)), "w_bits": ()}, MemoryError(), ["--batch-size 8", "--pairs", "shared form"]),
         ({}, RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), ["can't allocate memory"]),
     ],
@@ -202,6 +208,11 @@ def test_out_of_memory(changes: dict[str, Any], error: BaseException, words: lis
         run(options(**changes), tmp_path, Watcher("search", fail))
     assert str(caught.value).startswith("phase search: out of memory") and "float-end.safetensors" in str(caught.value)
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_advice_has_what_can_be_done() -> None:
+    assert "--accumulate" not in advice("search", options(accumulate=16))
+    assert "--accumulate" not in advice("search", options(cuda_graph=True))
 
 
 def test_other_errors_are_left_alone(tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ def search(
         bool | None, typer.Option("--tf32/--no-tf32", help="Tensor cores for float32 on GPUs. Default: convolutions only.")
     ] = None,
     cuda_graph: Annotated[bool, typer.Option("--cuda-graph", help="Replay the steps of the search as CUDA graphs.")] = False,
+    accumulate: Annotated[int, typer.Option(help="Parts of a batch, one after the other, for one update: the memory of a part.")] = 1,
     threads: shared.Threads = 0,
     overwrite: shared.Overwrite = False,
     resume: shared.Resume = False,

@@ -141,7 +141,7 @@ def mean_losses(
     model: nn.Module, choices: Mapping[str, Tensor], closure: Callable[..., Tensor], batch: Sequence[Tensor], statistics: str, parts: int
 ) -> Tensor:
     """As qprune.nn.stacked.losses, from the parts of the batch; "batch" statistics are those of each part."""
-    return mean_of_parts(lambda *part: stacked_losses(model, choices, closure, part, statistics).double(), batch, parts)
+    return mean_of_parts(model, lambda *part: stacked_losses(model, choices, closure, part, statistics).double(), batch, parts)
 
 
 def _returning(value: Tensor) -> Callable[..., Tensor]:

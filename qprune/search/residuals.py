@@ -61,7 +61,7 @@ def of_the_batch(
     try:
         settled = False
         while not settled:
-            for share, part in split(batch, parts):
+            for share, part in split(model, batch, parts):
                 begin(share)
                 with observing(model):
                     forward(*part)

@@ -195,7 +195,7 @@ class Slimmable(Method):
 
     def _measured(self, closure: Closure, batch: Sequence[Tensor]) -> Callable[[], Tensor]:
         """The loss without gradients, from the parts of a batch in turn."""
-        return lambda: mean_of_parts(lambda *part: closure(self.model, *part), batch, self.accumulate)
+        return lambda: mean_of_parts(self.model, lambda *part: closure(self.model, *part), batch, self.accumulate)
 
     @contextmanager
     def chosen(self) -> Iterator[None]:
