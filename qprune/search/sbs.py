@@ -37,6 +37,7 @@ from qprune.cost import cost, geometry_of
 from qprune.errors import InputError
 from qprune.nn.bitgates import BitGate, PruningGate
 from qprune.nn.nested import nest
+from qprune.nn.premix import Premix
 from qprune.nn.surgery import copy_model
 from qprune.policy import Policy
 from qprune.prepare import quantizer_parameters, weight_parameters
@@ -91,6 +92,7 @@ class Sbs(Method):
         if inner is not self.model and not nested_layers(inner):
             raise InputError("sbs: a wrapped model's layers cannot be replaced; call qprune.nn.nested.nest on it before it is wrapped")
         nest(inner, geometry_of(inner), clips, group_size, max_pruning, per_group, prune=mode != "quantization")
+        self.premix = Premix(inner)
         self.layers, self.chains = nested_layers(inner), gated_chains(inner)
         if not self.layers:
             raise InputError("sbs: no layer has several candidates: there is nothing to search")
