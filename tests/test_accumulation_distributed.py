@@ -3,6 +3,7 @@ the data are one process on all of it."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 import qprune
 from qprune import SearchSpace
 from qprune.cost import geometry_of
+from qprune.errors import NonFiniteError
 from qprune.nn.nested import nest
 from qprune.search.driver import Search
 from qprune.tasks.train import Trainer
@@ -67,9 +69,30 @@ def batches(rank: int | None) -> list[tuple[Tensor, Tensor]]:
     return [(x[half], y[half]) for x, y in data(STEPS, 12)]
 
 
+def refused(rank: int) -> list[Any]:
+    """What every rank says, and keeps, where the second part of rank 1 is not finite."""
+    said: list[Any] = []
+    (x, y), *_ = batches(rank)
+    x[3 if rank == 1 else 6 :] = math.nan
+    for searching in (False, True):
+        model = network().train()
+        if searching:
+            model = qprune.prepare(model, SearchSpace((2, 4)), example_inputs=data(1)[0][0])
+            qprune.calibrate(model, [data(1)[0][0]])
+        before = [p.detach().clone() for p in model.parameters()]
+        parallel, reduced = wrapped(model)
+        loop = Search(parallel, qprune.Budget(bops="w3a3"), accumulate=3) if searching else Trainer(parallel, 1, accumulate=3)
+        with pytest.raises(NonFiniteError) as caught:
+            loop.fit([(x, y)])
+        same = all(torch.equal(p, start) and p.grad is None for p, start in zip(model.parameters(), before, strict=True))
+        said.append([caught.value.rank, len(reduced), same])
+    return said
+
+
 def work(rank: int) -> dict[str, Any]:
     found = {"trainer": trained(True, rank, 3)} | {case: searched(case, True, rank, 3) for case in CASES}
-    return {case: {"parameters": [p.tolist() for p in parameters], "reduced": reduced} for case, (parameters, reduced) in found.items()}
+    said = {case: {"parameters": [p.tolist() for p in parameters], "reduced": reduced} for case, (parameters, reduced) in found.items()}
+    return said | {"refused": refused(rank)}
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +113,11 @@ def test_two_ranks_are_one_process(case: str, ranks: tuple[Any, Any]) -> None:
 def test_gradients_travel_once_a_step(case: str, ranks: tuple[Any, Any]) -> None:
     updates = 2 * STEPS if case == "darts" else STEPS  # of the logits and of the weights
     assert [rank[case]["reduced"] for rank in ranks] == [updates, updates]
+
+
+def test_a_part_of_one_rank_that_is_not_finite(ranks: tuple[Any, Any]) -> None:
+    """All ranks raise the same error, before gradients travel."""
+    assert [rank["refused"] for rank in ranks] == [[[1, 0, True], [1, 0, True]]] * 2
 
 
 if __name__ == "__main__":
