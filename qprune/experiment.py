@@ -187,7 +187,7 @@ class Experiment:
         search = Search(
             mixed, Budget.parse(options.budget), options.method,
             steps=steps, weight_lr=options.search_lr, arch_lr=options.arch_lr, convention=options.convention,
-            autocast=AMP[options.amp], cuda_graph=options.cuda_graph, **{**chosen, **options.of_search()},
+            autocast=AMP[options.amp], cuda_graph=options.cuda_graph, accumulate=options.accumulate, **{**chosen, **options.of_search()},
         )  # fmt: skip
         phase = self._phase("search", mixed, search, needed=True)
         if phase.ended:
@@ -233,7 +233,8 @@ class Experiment:
     def train(self, name: str, net: nn.Module, epochs: int, lr: float) -> None:
         """Train a network in place, on all of the training data; shared weights follow theirs."""
         loader = self._loader("train")
-        trainer = Trainer(net, epochs, lr=lr, autocast=AMP[self.options.amp], channels_last=self.options.channels_last)
+        options = self.options
+        trainer = Trainer(net, epochs, lr=lr, autocast=AMP[options.amp], channels_last=options.channels_last, accumulate=options.accumulate)
         phase = self._phase(name, net, trainer)
         if phase.ended:
             return

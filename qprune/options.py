@@ -55,6 +55,7 @@ class RunOptions:
     compile             training goes through torch.compile (the search of method slimmable, whose shapes change in every step, does not)
     tf32                tensor cores for float32 on CUDA GPUs: True, False, or None for torch's own choice (convolutions only)
     cuda_graph          the search replays its steps as CUDA graphs
+    accumulate          parts of a batch that training makes its forward and backward passes with, one after the other, for one update
     """
 
     data: str = "digits"
@@ -90,6 +91,7 @@ class RunOptions:
     compile: bool = False
     tf32: bool | None = None
     cuda_graph: bool = False
+    accumulate: int = 1
 
     def __post_init__(self) -> None:
         check_sources(self)
@@ -128,6 +130,10 @@ class RunOptions:
         second_order = self.method_options.get("second_order")
         if self.cuda_graph and (second_order or self.compile):
             raise OptionError(f"cuda_graph: does not go with {'second_order' if second_order else 'compile'}; leave out one of them")
+        if not 1 <= self.accumulate <= self.batch_size:
+            raise OptionError(f"accumulate: expected 1 to {self.batch_size} parts of a batch (batch_size), got {self.accumulate}")
+        if self.cuda_graph and self.accumulate > 1:
+            raise OptionError("cuda_graph: records a step as a whole and does not go with accumulate; leave out one of them")
         if self.amp == "fp16" and (second_order or self.cuda_graph):
             raise OptionError(f"amp: fp16 does not go with {'second_order' if second_order else 'cuda_graph'}; take bf16")
 

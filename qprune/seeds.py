@@ -26,7 +26,19 @@ from qprune.report import write_report
 from qprune.result import read_result
 from qprune.resume.checkpoints import Checkpoints
 from qprune.resume.failures import REPLAY
-from qprune.resume.folder import ENVIRONMENT, OPTIONS, RESULT, SEED, STATES, begin, check_same, held, stored_options, take_up
+from qprune.resume.folder import (
+    ENVIRONMENT,
+    OPTIONS,
+    RESULT,
+    SEED,
+    STATES,
+    begin,
+    check_same,
+    held,
+    record_options,
+    stored_options,
+    take_up,
+)
 from qprune.resume.phase import METRICS
 from qprune.resume.randomness import be_deterministic
 from qprune.resume.signals import Stop, Stopped
@@ -124,6 +136,8 @@ def _begun(options: RunOptions, folder: Path, ranks: Ranks) -> tuple[bool, dict[
     done = finished(folder)
     if done is None:
         take_up(folder, environment(options.device, ranks))
+        if options != began:
+            record_options(folder, options)
     else:
         _tidy(folder)
     return True, done

@@ -310,6 +310,13 @@ def test_premix_leaves_a_nested_network_alone() -> None:
         assert torch.equal(model(x), alone)
 
 
+def test_only_layers_of_the_model_are_mixed_together() -> None:
+    """Not those that were nested, nor nested ones, which need their input."""
+    model = prepared()
+    _, method = search_on(model)
+    assert set(method.premix.layers) <= set(model.modules()) - set(method.layers.values())
+
+
 def test_all_candidates_share_one_clip_in_the_kernels() -> None:
     """A column that is repeated with stride 0: the kernels then clip once for all candidates."""
     model = prepared()

@@ -135,7 +135,7 @@ def test_darts_second_order_matches_the_definition() -> None:
     toy = Toy()
     rate = 0.1
     method = Darts(toy, Constraint({}), Optimizers(toy, weight_lr=rate, momentum=0.0), "product", second_order=True)
-    loss, gradient = method._unrolled(lambda m: (m.w - m.gate.logits).square().sum() / 2, lambda m: m.w.square().sum() / 2)
+    loss, gradient = method._unrolled((lambda m: (m.w - m.gate.logits).square().sum() / 2, ()), (lambda m: m.w.square().sum() / 2, ()))
     unrolled = 2.0 - rate * (2.0 - 0.5)
     assert gradient[0].item() == pytest.approx(rate * unrolled, rel=1e-6)
     assert loss.item() == pytest.approx(unrolled**2 / 2)

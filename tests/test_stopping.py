@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import io
+import json
 import math
 import os
 import signal
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from resume_cases import options, outcome, patch, small_network, small_task
+from resume_cases import Small, options, outcome, patch, small_network, small_task
 from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import save as to_bytes
@@ -28,6 +29,8 @@ from qprune.errors import CheckpointError, NonFiniteError, OutOfMemoryError
 from qprune.files import write_atomically
 from qprune.resume import statefile
 from qprune.resume.checkpoints import Checkpoints
+from qprune.resume.failures import advice
+from qprune.resume.folder import stored_options
 from qprune.resume.hidden import hidden_state, load_hidden_state
 from qprune.resume.phase import Phase
 from qprune.resume.randomness import restore, seed_all, snapshot
@@ -189,7 +192,12 @@ def test_a_gradient_that_is_not_finite() -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
-        ({}, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), ["--batch-size 8", "fewer candidates"]),
+        (
+            {},
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+            ["--accumulate 2", "--batch-size 8", "fewer candidates"],
+        ),
+        ({"accumulate": 12}, MemoryError(), ["--accumulate 16)"]),
         ({"pairs": ((2, 2), (4, 4)), "w_bits": ()}, MemoryError(), ["--batch-size 8", "--pairs", "shared form"]),
         ({}, RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), ["can't allocate memory"]),
     ],
@@ -202,6 +210,36 @@ def test_out_of_memory(changes: dict[str, Any], error: BaseException, words: lis
         run(options(**changes), tmp_path, Watcher("search", fail))
     assert str(caught.value).startswith("phase search: out of memory") and "float-end.safetensors" in str(caught.value)
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_advice_has_what_can_be_done() -> None:
+    assert "--accumulate" not in advice("search", options(accumulate=16))
+    assert "--accumulate" not in advice("search", options(cuda_graph=True))
+
+
+def test_going_on_in_more_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is out of memory goes on where it was, with batches in parts; what is behind it is not done again."""
+    step, steps = Bars.step, 0
+
+    def counting(self: Bars, values: Any) -> None:
+        nonlocal steps
+        step(self, values)
+        steps += 1
+        if steps == 17:
+            raise MemoryError
+
+    monkeypatch.setattr(Bars, "step", counting)
+    code, _, err = command(*WORDS, "--threads", "1", "--checkpoint-minutes", "0.00001", "--out", str(tmp_path))
+    assert code == 2 and "split batches into more parts (--accumulate 2" in err
+    sizes: set[int] = set()
+    forward = Small.forward
+    monkeypatch.setattr(Small, "forward", lambda self, x: (sizes.add(len(x)) if torch.is_grad_enabled() else None, forward(self, x))[1])
+    code, _, err = command("search", "--resume", "--out", str(tmp_path), "--no-onnx", "--accumulate", "2")
+    assert (code, err, steps) == (0, "", 41)
+    assert max(sizes) == 8
+    assert json.loads((tmp_path / "result.json").read_text())["options"]["accumulate"] == 2
+    stored = stored_options(tmp_path)
+    assert stored is not None and (stored.accumulate, stored.batch_size) == (2, 16)
 
 
 def test_other_errors_are_left_alone(tmp_path: Path) -> None:

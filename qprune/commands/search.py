@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -57,6 +58,7 @@ def search(
         bool | None, typer.Option("--tf32/--no-tf32", help="Tensor cores for float32 on GPUs. Default: convolutions only.")
     ] = None,
     cuda_graph: Annotated[bool, typer.Option("--cuda-graph", help="Replay the steps of the search as CUDA graphs.")] = False,
+    accumulate: Annotated[int, typer.Option(help="Parts of a batch, one after the other, for one update: the memory of a part.")] = 1,
     threads: shared.Threads = 0,
     overwrite: shared.Overwrite = False,
     resume: shared.Resume = False,
@@ -72,7 +74,7 @@ def search(
     from qprune.exporting import add_onnx
     from qprune.options import RunOptions
     from qprune.ranks import joined
-    from qprune.resume.folder import RESULT, check_same, stored_options
+    from qprune.resume.folder import CHANGEABLE, RESULT, check_same, stored_options
     from qprune.resume.signals import Stop
     from qprune.watch import TENSORBOARD, Several, TensorBoard, has_tensorboard
 
@@ -82,7 +84,8 @@ def search(
         began = ranks.from_main(stored_options, out) if resume else None
         if began is not None:
             ranks.from_main(check_same, began, out, comparable(began, given.set), threads)
-        options = began or given.options()
+        changed = {name: value for name, value in given.set.items() if name in CHANGEABLE}
+        options = given.options() if began is None else replace(began, **changed)
         ranks.agree("configuration", str(options.as_dict()))
         if print_config:
             if ranks.main:

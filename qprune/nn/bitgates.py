@@ -9,6 +9,8 @@ p_K = f g_2 … g_K, the first for 0 bits. Nothing here waits for the device.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -36,6 +38,7 @@ class BitGate(nn.Module):
     forward  p [K], float32, one-hot
 
     mode     "fixed": `qprune.gates.probabilities` calls it, as a Constant
+    teller   is told what `observe` is given, in place of errors; None: nobody
 
     A_j is the residual of the candidate that the gates before j have reached: the residual of the gated output. The gates in it count as
     constants (ours). Under straight-through rounding dA_j/dz is 1 − 1 = 0, so no gradient reaches weights or clips through it.
@@ -44,6 +47,7 @@ class BitGate(nn.Module):
     thresholds: nn.Parameter
     errors: Tensor
     mode = "fixed"
+    teller: Callable[[Tensor], None] | None = None
 
     def __init__(self, candidates: int, device: torch.device | None = None) -> None:
         super().__init__()
@@ -55,7 +59,9 @@ class BitGate(nn.Module):
     def observe(self, errors: Tensor, share: bool = True) -> None:
         """Take over new residuals [K − 1] (see `residual_means`), those that are finite; nothing if the gate is held. share: average them
         over the ranks."""
-        if not self.held:
+        if self.teller is not None:
+            self.teller(errors)
+        elif not self.held:
             errors = (mean_over_ranks(errors) if share else errors).to(self.errors.dtype)
             self.errors.copy_(torch.where(errors.isfinite(), errors, self.errors))
 

@@ -69,12 +69,14 @@ class Mixing(QuantizedLayer):
     weight_quantizer, input_quantizer
     recompute                 whether a convolution mixes its input again in the backward pass instead of keeping the mixed input
     ready                     set while `Premix` mixes the weights of the whole network at once
+    premixed                  whether it may: the mixture does not depend on the input
     """
 
     weight_quantizer: WeightQuantizer
     quantizer_of_pair: Tensor
     ready: Ready | None = None
     recompute = False
+    premixed = True
 
     def setup_mixing(self, space: SearchSpace) -> None:
         """Add gates and quantizers for `space` to a layer whose weight exists."""

@@ -94,6 +94,7 @@ class NestedLayer(Mixing):
     weight_quantizer: Any
     pruned_out: Pruning | None = None
     pruned_in: Pruning | None = None
+    premixed = False
 
     def setup_nested(self, space: SearchSpace, clips: str) -> None:
         """Give a layer that is mixed already nested candidates. Its input quantizer says if the input is signed."""

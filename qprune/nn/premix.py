@@ -73,7 +73,7 @@ class Premix:
 
     def __init__(self, model: nn.Module) -> None:
         self.root = unwrap(model)
-        self.layers = [module for module in self.root.modules() if isinstance(module, Mixing)]
+        self.layers = [module for module in self.root.modules() if isinstance(module, Mixing) and module.premixed]
         self.families: list[_Family] = []
         for layer in sorted(self.layers, key=lambda layer: -len(_columns(layer))):
             home = next((family for family in self.families if family.accepts(layer)), None)

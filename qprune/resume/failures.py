@@ -71,7 +71,10 @@ def _is_memory(error: BaseException) -> bool:
 
 def advice(phase: str, options: RunOptions) -> str:
     """The options that take less memory."""
-    less = [f"take a smaller batch (--batch-size {max(options.batch_size // 2, 1)})"]
+    less = []
+    if options.accumulate < options.batch_size and not options.cuda_graph:
+        less.append(f"split batches into more parts (--accumulate {min(2 * options.accumulate, options.batch_size)})")
+    less.append(f"take a smaller batch (--batch-size {max(options.batch_size // 2, 1)})")
     if phase == "search":
         if options.method in ("edmips", "darts") and options.pairs:
             less.append(

@@ -24,6 +24,8 @@ log = logging.getLogger("qprune")
 OPTIONS, ENVIRONMENT, RESULT, SEED, STATES, LOCK = (
     "options.yaml", "environment.json", "result.json", "seed.json", "checkpoints", ".lock",
 )  # fmt: skip
+CHANGEABLE = ("accumulate",)
+"""Options that a run may go on with changed: they decide how it computes, and its results up to rounding."""
 _DECIDING = ("qprune", "torch", "numpy", "device")
 
 
@@ -65,14 +67,14 @@ def stored_options(folder: Path) -> RunOptions | None:
 
 
 def check_same(stored: RunOptions, folder: Path, given: Mapping[str, Any], threads: int = 0) -> None:
-    """Raise OptionError unless every option that is given is what the run in the folder began with. given: by the names of RunOptions;
-    threads: 0 if they are not given."""
+    """Raise OptionError unless every option that is given is what the run in the folder began with, or may change. given: by the names of
+    RunOptions; threads: 0 if they are not given."""
     began = stored.as_dict()
     pairs = {name: (_plain(began[name]), _plain(value)) for name, value in given.items()}
     if threads:
         pairs["threads"] = (_threads(folder), threads)
     for name, (old, new) in pairs.items():
-        if old is not None and new != old:
+        if old is not None and new != old and name not in CHANGEABLE:
             raise OptionError(
                 f"{name}: the run in {folder} began with {old!r}, got {new!r}; leave it out to go on, or choose another folder"
             )
@@ -81,6 +83,10 @@ def check_same(stored: RunOptions, folder: Path, given: Mapping[str, Any], threa
 def begin(folder: Path, options: RunOptions, environment: Mapping[str, str]) -> None:
     """Record what a run is about to do."""
     write_atomically(folder / ENVIRONMENT, json.dumps(environment, indent=1).encode())
+    record_options(folder, options)
+
+
+def record_options(folder: Path, options: RunOptions) -> None:
     write_atomically(folder / OPTIONS, dumped(options.as_dict()))
 
 

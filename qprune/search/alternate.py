@@ -18,9 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qprune.errors import InputError, NonFiniteError
-from qprune.nn.stacked import losses
 from qprune.passes import Passes, following
-from qprune.search.configurations import Configurations
+from qprune.search.configurations import Configurations, mean_losses
 from qprune.search.driver import Loss, Search
 from qprune.search.method import StepResult
 from qprune.search.zur import Zur
@@ -64,13 +63,14 @@ def alternate(
 
     task = search.cast(task)
 
-    def mean_losses(choices: dict[str, Tensor]) -> list[float]:
+    def losses(choices: dict[str, Tensor]) -> list[float]:
         batches = [batch for loader in arch_loaders for batch in _batches(loader, search.model)]
-        total = torch.stack([losses(search.model, choices, task, batch, method.statistics) * len(batch[1]) for batch in batches]).sum(0)
+        each = [mean_losses(search.model, choices, task, batch, method.statistics, method.accumulate) * len(batch[1]) for batch in batches]
+        total = torch.stack(each).sum(0)
         return method.ranks.mean(total / sum(len(y) for _, y in batches)).tolist()  # type: ignore[no-any-return]
 
     for epoch in range(len(search.history), epochs):
-        entry = _epoch(search, weight_loader, arch_loaders, epoch, task, mean_losses, homogeneous, on_step, passes or Passes())
+        entry = _epoch(search, weight_loader, arch_loaders, epoch, task, losses, homogeneous, on_step, passes or Passes())
         search.history.append(entry)
         search.running = None
         if on_epoch is not None:
@@ -84,7 +84,7 @@ def _epoch(
     arch_loaders: Sequence[Batches],
     epoch: int,
     task: Callable[..., Tensor],
-    mean_losses: Callable[[dict[str, Tensor]], list[float]],
+    losses: Callable[[dict[str, Tensor]], list[float]],
     homogeneous: bool,
     on_step: Callable[[StepResult], None] | None,
     passes: Passes,
@@ -94,10 +94,10 @@ def _epoch(
     assert isinstance(method, Zur)
     running = search.take_up()
     if running is None:
-        entry: dict[str, Any] = {"epoch": epoch, "likely_loss": mean_losses(method.configurations.likely())[0]}
+        entry: dict[str, Any] = {"epoch": epoch, "likely_loss": losses(method.configurations.likely())[0]}
         if homogeneous:
             labels, choices = homogeneous_choices(method.configurations)
-            entry["homogeneous"] = dict(zip(labels, mean_losses(choices), strict=True))
+            entry["homogeneous"] = dict(zip(labels, losses(choices), strict=True))
         running = {"entry": entry, "pass": 0, "batches": 0, "samples": 0, "total": 0.0, "values": None}
     search.running, entry = running, running["entry"]
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from qprune.accumulation import in_parts, mean_of_parts
 from qprune.errors import InputError
 from qprune.gates import FilterGate
 from qprune.nn.filterwise import FilterConv2d
@@ -80,6 +81,7 @@ class OnBatch:
     closure     (model, *batch) → loss
     statistics  normalisation in configurations that are evaluated: by each one's own "batch", or by "running" statistics
     penalty     added to the loss of each configuration, from its exact cost
+    parts       of the batch: losses and gradients are means over them
     seen        task losses of the configurations evaluated so far, without the penalty
     """
 
@@ -90,9 +92,10 @@ class OnBatch:
         batch: Sequence[Tensor] = (),
         statistics: str = "batch",
         penalty: Penalty | None = None,
+        parts: int = 1,
     ) -> None:
         self.configurations, self.closure, self.batch = configurations, closure, batch
-        self.statistics, self.penalty = statistics, penalty
+        self.statistics, self.penalty, self.parts = statistics, penalty, parts
         self.seen: list[Tensor] = []
 
     @property
@@ -102,7 +105,7 @@ class OnBatch:
     def losses(self, draws: Sequence[Tensor]) -> Tensor:
         """Float64 [S], without gradients: all configurations evaluated together, everything quantized."""
         choices = self.configurations.choices(draws)
-        task = stacked_losses(self.configurations.model, choices, self.closure, self.batch, self.statistics).double()
+        task = mean_losses(self.configurations.model, choices, self.closure, self.batch, self.statistics, self.parts)
         self.seen.append(task)
         return task if self.penalty is None else task + self.penalty(self.configurations.cost(choices))
 
@@ -110,18 +113,35 @@ class OnBatch:
         """The loss at mixing coefficients p[l] [F, K] in place of choices, differentiable with respect to them."""
         gates = self.configurations.gates
         before = [gate.mode for gate in gates]
-        rows = [t.expand(gate.filters, -1) for gate, t in zip(gates, p, strict=True)]
+        # parts share the way from p to the logits: each adds its gradient up to here
+        own = [t.detach().requires_grad_() for t in p]
+        rows = [t.expand(gate.filters, -1) for gate, t in zip(gates, own, strict=True)]
+        total = [torch.zeros_like(t) for t in own]
+
+        def add(loss: Tensor) -> None:
+            torch._foreach_add_(total, list(torch.autograd.grad(loss, own, allow_unused=True, materialize_grads=True)))
+
         handles = [gate.register_forward_hook(_returning(t)) for gate, t in zip(gates, rows, strict=True)]
         try:
             for gate in gates:
                 gate.mode = "sampled" if hard else "relaxed"
-            loss = self.closure(unwrap(self.configurations.model), *self.batch)
+            model = unwrap(self.configurations.model)
+            loss = in_parts(model, lambda *batch: self.closure(model, *batch), self.batch, self.parts, add)
+            add(loss)
         finally:
             for gate, mode, handle in zip(gates, before, handles, strict=True):
                 gate.mode = mode
                 handle.remove()
-        self.seen.append(loss.detach().double().reshape(1))
-        return loss
+        loss = loss.detach()
+        self.seen.append(loss.double().reshape(1))
+        return torch.stack([(t * g).sum() - (t.detach() * g).sum() for t, g in zip(p, total, strict=True)]).sum() + loss
+
+
+def mean_losses(
+    model: nn.Module, choices: Mapping[str, Tensor], closure: Callable[..., Tensor], batch: Sequence[Tensor], statistics: str, parts: int
+) -> Tensor:
+    """As qprune.nn.stacked.losses, from the parts of the batch; "batch" statistics are those of each part."""
+    return mean_of_parts(model, lambda *part: stacked_losses(model, choices, closure, part, statistics).double(), batch, parts)
 
 
 def _returning(value: Tensor) -> Callable[..., Tensor]:

@@ -21,6 +21,8 @@ from qprune.prepare import arch_parameters, weight_parameters
 from qprune.record import unwrap
 from qprune.search.method import Closure, Method, StepResult
 
+Data = tuple[Closure, Sequence[Tensor]]
+
 
 class Darts(Method):
     """second_order  unroll one weight step in the logits' gradient: three more passes per step."""
@@ -70,7 +72,7 @@ class Darts(Method):
         self.optimizers.zero_grad()
         slack = self.constraint.slack(self.expected_cost())
         # DistributedDataParallel waits for gradients of every loss; those of the unrolled step are averaged here
-        loss, gradient = self._unrolled(lambda m: train(unwrap(m), *train_batch), lambda m: closure(unwrap(m), *batch))
+        loss, gradient = self._unrolled((_unwrapped(train), train_batch), (_unwrapped(closure), batch))
         self.constraint.penalty(slack).backward()
         for p, g in zip(arch_parameters(self.model), gradient, strict=True):
             p.grad = g if p.grad is None else p.grad + g
@@ -78,28 +80,40 @@ class Darts(Method):
         self.constraint.update(slack)
         return self.values(loss, slack)
 
-    def _unrolled(self, closure: Closure, arch_closure: Closure) -> tuple[Tensor, list[Tensor]]:
+    def _unrolled(self, train: Data, val: Data) -> tuple[Tensor, list[Tensor]]:
         """L_val and ∇α L_val(w − ξ∇w L_train(w, α), α), the second derivative by finite differences."""
         weights, arch = weight_parameters(self.model), arch_parameters(self.model)
         rate = self.optimizers.weights.param_groups[0]["lr"]
         start = [p.detach().clone() for p in weights]
-        first = self._gradients(self.task_loss(closure), weights)
-        _shift(weights, start, first, -rate)
-        loss = self.task_loss(arch_closure)
-        together = self._gradients(loss, [*weights, *arch])
-        by_weight, by_arch = together[: len(weights)], together[len(weights) :]
-        norm = torch.stack([g.square().sum() for g in by_weight]).sum().sqrt().clamp_min(1e-12)
-        epsilon = float(0.01 / norm)
-        sides = []
-        for sign in (1.0, -1.0):
-            _shift(weights, start, by_weight, sign * epsilon)
-            sides.append(self._gradients(self.task_loss(closure), arch))
-        _shift(weights, start, by_weight, 0.0)
+        _, first = self._gradients(train, weights)
+        try:
+            _shift(weights, start, first, -rate)
+            loss, together = self._gradients(val, [*weights, *arch])
+            by_weight, by_arch = together[: len(weights)], together[len(weights) :]
+            norm = torch.stack([g.square().sum() for g in by_weight]).sum().sqrt().clamp_min(1e-12)
+            epsilon = float(0.01 / norm)
+            sides = []
+            for sign in (1.0, -1.0):
+                _shift(weights, start, by_weight, sign * epsilon)
+                sides.append(self._gradients(train, arch)[1])
+        finally:
+            _shift(weights, start, start, 0.0)
         return loss, [g - rate * (up - down) / (2 * epsilon) for g, up, down in zip(by_arch, *sides, strict=True)]
 
-    def _gradients(self, loss: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
-        """The mean over the ranks."""
-        return self.ranks.means(torch.autograd.grad(loss, parameters, materialize_grads=True))
+    def _gradients(self, data: Data, parameters: list[nn.Parameter]) -> tuple[Tensor, list[Tensor]]:
+        """(loss, its gradient), of all parts of the batch. The mean over the ranks."""
+        total = [torch.zeros_like(p) for p in parameters]
+
+        def add(loss: Tensor) -> None:
+            torch._foreach_add_(total, list(torch.autograd.grad(loss, parameters, materialize_grads=True)))
+
+        loss = self.task_loss(*data, add)
+        add(loss)
+        return loss.detach(), self.ranks.means(total)
+
+
+def _unwrapped(closure: Closure) -> Closure:
+    return lambda model, *batch: closure(unwrap(model), *batch)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qprune.accumulation import check_parts
 from qprune.budget import Budget
 from qprune.cost import geometry_of
 from qprune.errors import InputError, NonFiniteError, QPruneError
@@ -66,6 +67,12 @@ class Search:
                     be passed to `step` (as `fit` does), and a loss that is not finite is reported by the next step, parameters unchanged
     autocast        bfloat16 or float16: the format in which closures compute what torch.autocast lets them; parameters, quantizers,
                     gates and costs stay as they are. With float16 losses are scaled, and updates whose gradients overflow are left out
+    accumulate      parts of the same size, or nearly, that a step's batch is split into along its first dimension: one after the other they
+                    make their forward and backward passes, then there is one update. The memory of a part, the result of the batch, up to
+                    rounding; but normalisations by batch statistics take those of a part. Losses must be means over the batch, and batches
+                    be passed to `step` (as `fit` does). In DistributedDataParallel gradients travel once a step. Closures are called
+                    without gradients too: once on the whole batch where ranges are not calibrated yet, and in every step of "sbs", whose
+                    gates take the whole batch's residuals
     method_options  of the method, such as second_order=True for "darts", samples=4 for "zur"
 
     Raises QPruneError for an unknown method, InputError where the geometry is unknown, and InfeasibleBudgetError for a budget that no
@@ -92,6 +99,7 @@ class Search:
         cuda_graph: bool = False,
         recompute: bool = False,
         autocast: torch.dtype | None = None,
+        accumulate: int = 1,
         **method_options: Any,
     ) -> None:
         if method not in METHODS:
@@ -101,6 +109,8 @@ class Search:
         if autocast == torch.float16 and (cuda_graph or method_options.get("second_order")):
             what = "cuda_graph" if cuda_graph else "second_order"
             raise InputError(f"Search: {what}=True cannot leave out updates as float16 needs it; take autocast=torch.bfloat16")
+        if check_parts(accumulate, "Search") > 1 and cuda_graph:
+            raise InputError("Search: cuda_graph=True records a step as a whole; leave it out, or accumulate=1")
         record = record_of(model)
         geometry = geometry_of(model, example_inputs)
         if record is None or record.geometry is None:
@@ -119,7 +129,7 @@ class Search:
         optimizers = Optimizers(model, weight_lr, arch_lr, quantizer_lr, weight_decay, momentum, steps, recordable=cuda_graph)
         self.method = METHODS[method](model, constraint, optimizers, convention, recorder, **method_options)
         self.autocast, self._device = autocast, device
-        self.method.loss_scale = loss_scale(autocast, device)
+        self.method.loss_scale, self.method.accumulate = loss_scale(autocast, device), accumulate
         self._hits = torch.zeros((), dtype=torch.int64, device=device)
         self.steps, self.final_temperature = steps, final_temperature
         self.history: list[dict[str, Any]] = []
@@ -146,10 +156,12 @@ class Search:
         infinite loss.
 
         With cuda_graph=True the tensors that change from step to step must come in through `batch` (and `arch_batch`), since a closure is
-        recorded once: InputError without.
+        recorded once, and with accumulate those that are to be split: InputError without.
         """
-        if self.method.recorder is not None and not (batch and (arch_closure is None or arch_batch)):
-            raise InputError("cuda_graph=True: pass what changes from step to step as step(closure, batch=(x, y)), closure(model, x, y)")
+        parts = self.method.accumulate
+        why = "cuda_graph=True" if self.method.recorder is not None else f"accumulate={parts}" if parts > 1 else ""
+        if why and not (batch and (arch_closure is None or arch_batch)):
+            raise InputError(f"{why}: pass what changes from step to step as step(closure, batch=(x, y)), closure(model, x, y)")
         if self.steps:
             set_gates(self.model, temperature=self.final_temperature ** min(self.method.steps / self.steps, 1.0))
         arch_closure = None if arch_closure is None else self.cast(arch_closure)
@@ -209,7 +221,8 @@ class Search:
 
         def counting(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
             logits = model(x)
-            self._hits.add_((logits.detach().argmax(1) == y).sum())
+            if torch.is_grad_enabled():  # a step may look at its batch before
+                self._hits.add_((logits.detach().argmax(1) == y).sum())
             return loss(logits, y)
 
         def plain(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NoReturn
 import torch
 from torch import Tensor, nn
 
+from qprune.accumulation import in_parts
 from qprune.budget import Budget
 from qprune.cost import cost, geometry_of, model_choices
 from qprune.errors import NonFiniteError
@@ -66,6 +67,7 @@ class Method:
     recorder  replays updates as CUDA graphs. Nothing may then wait for the device within an update: one with a loss that is not finite
               changes no parameter, and `settle` raises afterwards
     loss_scale  attribute: for closures that compute in float16
+    accumulate  attribute: parts of a batch, whose gradients add up (see qprune.accumulation)
     """
 
     name: ClassVar[str]
@@ -89,6 +91,7 @@ class Method:
         self._loss: Tensor | None = None
         self.loss_scale: LossScale | None = None
         self.ranks = ranks_of(model)
+        self.accumulate = 1
         if recorder is None:
             optimizers.check = self._check_gradients
 
@@ -144,16 +147,31 @@ class Method:
         self._unsettled = (StepResult(values), closure, batch)
         return values
 
-    def task_loss(self, closure: Closure, batch: Sequence[Tensor] = ()) -> Tensor:
+    def task_loss(self, closure: Closure, batch: Sequence[Tensor] = (), backward: Callable[[Tensor], None] | None = None) -> Tensor:
         """closure(model, *batch). Before anything is updated, raises NonFiniteError if it is NaN or infinite; with a recorder the
-        optimizers are told to change nothing instead."""
+        optimizers are told to change nothing instead.
+
+        backward  for a batch in parts: called for the losses of all but the last, whose gradient the result has. None: their gradients,
+                  scaled, are left in the parameters
+        """
+
+        def one(*part: Tensor) -> Tensor:
+            return self._finite_loss(closure, part)
+
+        def leave(loss: Tensor) -> None:
+            self.scaled(loss).backward()  # type: ignore[no-untyped-call]
+
+        loss = in_parts(self.model, one, batch, self.accumulate, leave if backward is None else backward)
+        self._loss = loss.detach()
+        return loss
+
+    def _finite_loss(self, closure: Closure, batch: Sequence[Tensor]) -> Tensor:
         with self.premix:
             loss = closure(self.model, *batch)
         if self.recorder is not None:
             self.optimizers.skip_if(~torch.isfinite(loss.detach()))
         elif not self.ranks.all(torch.isfinite(loss)):
             self._refuse(loss.item(), closure, batch)
-        self._loss = loss.detach()
         return loss
 
     def backward(self, loss: Tensor) -> None:

@@ -23,24 +23,28 @@ same; fine-tuning no longer normalises it. Its pruned filters are gone, as their
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qprune.accumulation import calibrate_first
 from qprune.budget import Budget
 from qprune.cost import cost, geometry_of
 from qprune.errors import InputError
 from qprune.nn.bitgates import BitGate, PruningGate
 from qprune.nn.nested import nest
+from qprune.nn.premix import Premix
 from qprune.nn.surgery import copy_model
 from qprune.policy import Policy
 from qprune.prepare import quantizer_parameters, weight_parameters
 from qprune.record import unwrap
 from qprune.search.method import Closure, Method, StepResult
 from qprune.search.optimizers import Optimizers
+from qprune.search.residuals import of_the_batch
 from qprune.search.sbs_policy import Allocation, gate_probabilities, gated_chains, nested_layers
 
 MODES = ("joint", "quantization", "pruning", "two-stage")
@@ -88,6 +92,7 @@ class Sbs(Method):
         if inner is not self.model and not nested_layers(inner):
             raise InputError("sbs: a wrapped model's layers cannot be replaced; call qprune.nn.nested.nest on it before it is wrapped")
         nest(inner, geometry_of(inner), clips, group_size, max_pruning, per_group, prune=mode != "quantization")
+        self.premix = Premix(inner)
         self.layers, self.chains = nested_layers(inner), gated_chains(inner)
         if not self.layers:
             raise InputError("sbs: no layer has several candidates: there is nothing to search")
@@ -149,6 +154,20 @@ class Sbs(Method):
         if self.lmbda is None:
             self.constraint.update(slack)
         return self.values(loss, slack)
+
+    def task_loss(self, closure: Closure, batch: Sequence[Tensor] = (), backward: Callable[[Tensor], None] | None = None) -> Tensor:
+        """As for every method; in parts, the gates decide by the residuals of the whole batch."""
+        if self.accumulate == 1:
+            return super().task_loss(closure, batch, backward)
+        forward = functools.partial(closure, self.model)
+        calibrate_first(self.model, forward, batch)
+        with of_the_batch(self.model, self.input_gates, forward, batch, self.accumulate) as begin:
+
+            def begun(model: nn.Module, *part: Tensor) -> Tensor:
+                begin()
+                return closure(model, *part)
+
+            return super().task_loss(begun, batch, backward)
 
     def _thresholds(self) -> list[nn.Parameter]:
         gates: list[BitGate | PruningGate] = [*self.weight_gates, *self.input_gates, *(chain.pruning.gate for chain in self.chains)]

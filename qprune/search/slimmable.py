@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qprune.accumulation import mean_of_parts
 from qprune.budget import Budget
 from qprune.cost import geometry_of
 from qprune.errors import BudgetError, InputError
@@ -170,7 +171,7 @@ class Slimmable(Method):
 
     def arch_update(self, closure: Closure, batch: Sequence[Tensor], train: Closure, train_batch: Sequence[Tensor]) -> Tensor:
         """One step of the logits on closure, with statistics, if they are re-estimated, from `train`."""
-        problem = _Configurations(self, lambda: closure(self.model, *batch), lambda: train(self.model, *train_batch))
+        problem = _Configurations(self, self._measured(closure, batch), self._measured(train, train_batch))
         try:
             estimate = self.estimator(problem, self.generator)
         finally:
@@ -191,6 +192,10 @@ class Slimmable(Method):
         gradients = [p.grad for p in with_gradient if p.grad is not None]
         for p, mean in zip(with_gradient, self.ranks.means(gradients), strict=True):
             p.grad = mean
+
+    def _measured(self, closure: Closure, batch: Sequence[Tensor]) -> Callable[[], Tensor]:
+        """The loss without gradients, from the parts of a batch in turn."""
+        return lambda: mean_of_parts(self.model, lambda *part: closure(self.model, *part), batch, self.accumulate)
 
     @contextmanager
     def chosen(self) -> Iterator[None]:

@@ -200,7 +200,8 @@ class Zur(Method):
 
     def logit_update(self, closure: Closure, batch: Sequence[Tensor]) -> Tensor:
         self._rank()
-        problem = OnBatch(self.configurations, closure, batch, self.statistics, self._penalties if self.sampled_cost else None)
+        penalty = self._penalties if self.sampled_cost else None
+        problem = OnBatch(self.configurations, closure, batch, self.statistics, penalty, self.accumulate)
         estimate = self.estimator(problem, self.generator)
         task = torch.cat(problem.seen)
         finite = bool(torch.isfinite(estimate.losses).all())

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qprune.accumulation import check_parts, in_parts
 from qprune.errors import InputError, NonFiniteError
 from qprune.health import first_nonfinite_layer, nonfinite_gradient
 from qprune.modes import kept_modes
@@ -77,6 +78,9 @@ class Trainer:
                    the loss is scaled, and updates whose gradients overflow are left out, with their number in the records as "skipped";
                    NonFiniteError after more than LossScale.limit in a row
     channels_last  False: images in the plain layout
+    accumulate     parts that every batch is split into, of the same size or nearly, which make their forward and backward passes one after
+                   the other for one update: the memory of a part, the step of the batch up to rounding. `loss` must then be a mean over
+                   the batch. Normalisations take the statistics of a part (see qprune.accumulation)
     """
 
     def __init__(
@@ -92,9 +96,11 @@ class Trainer:
         loss: LossFunction = F.cross_entropy,
         autocast: torch.dtype | None = None,
         channels_last: bool = True,
+        accumulate: int = 1,
     ) -> None:
         if epochs < 0:
             raise InputError(f"epochs must not be negative, got {epochs}")
+        self.accumulate = check_parts(accumulate, "Trainer")
         self.model, self.epochs, self.warmup, self.loss, self.autocast = model, epochs, warmup, loss, autocast
         self.ranks = ranks_of(model)
         self.channels_last, self.loss_scale = channels_last, loss_scale(autocast, device_of(model))
@@ -169,21 +175,35 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = lr * factor
             optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(x.device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            logits = self.model(x)
-            loss = self.loss(logits, y)
-            value: float = loss.item()
-            if not self.ranks.all(math.isfinite(value)):
-                raise self._refusal(value, x).on(index, x, y)
-        scale = self.loss_scale
-        (loss if scale is None else scale.scaled(loss)).backward()  # type: ignore[no-untyped-call]
+        scale, correct = self.loss_scale, []
+
+        def part(x: Tensor, y: Tensor) -> Tensor:
+            with torch.autocast(x.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+                logits = self.model(x)
+                loss = self.loss(logits, y)
+                if not self.ranks.all(math.isfinite(loss.item())):
+                    raise self._refusal(loss.item(), x)
+            if torch.is_grad_enabled():
+                correct.append((logits.detach().argmax(1) == y).sum())
+            return loss
+
+        def backward(loss: Tensor) -> None:
+            (loss if scale is None else scale.scaled(loss)).backward()  # type: ignore[no-untyped-call]
+
+        try:
+            loss = in_parts(self.model, part, (x, y), self.accumulate, backward)
+        except NonFiniteError as error:
+            error.on(index, x, y)
+            raise
+        backward(loss)
+        value: float = loss.item()
         nonfinite = partial(nonfinite_gradient, self.model)
         parameter = nonfinite() if scale is None else scale.unscale([optimizer for optimizer, _ in self.optimizers], nonfinite)
         if parameter is not None and (scale is None or scale.hopeless):
             raise NonFiniteError(self.step, None, value, parameter).on(index, x, y)
         for optimizer, _ in self.optimizers if parameter is None else ():
             optimizer.step()
-        self._correct += (logits.detach().argmax(1) == y).sum()
+        self._correct += torch.stack(correct).sum()
         return value
 
     def _refusal(self, loss: float, x: Tensor) -> NonFiniteError:
