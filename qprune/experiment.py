@@ -37,6 +37,7 @@ from qprune.search.driver import METHODS, Search
 from qprune.search.method import StepResult
 from qprune.search.zur import Zur
 from qprune.stored import layer_bits, stored_sizes
+from qprune.tasks.damage import damage_of
 from qprune.tasks.sources import network_of
 from qprune.tasks.task import Batches, Part, Task
 from qprune.tasks.train import Trainer
@@ -101,6 +102,9 @@ class Experiment:
         self.restored: set[str] = set()
         self.device = device_of(options.device)
         self.options, self.task, self.seed, self.folder, self.watcher = options, task.to(self.device), seed, folder, watcher
+        self.damage = damage_of(task)
+        if checkpoints is not None:
+            checkpoints.damage = self.damage
         self.example = self.task.example()
         self.meter = Meter()
         self.generator = torch.Generator().manual_seed(seed)
@@ -135,6 +139,9 @@ class Experiment:
             "searched": self.measure("searched", searched),
             "uniform": self.measure(label, uniform),
         }
+        self.damage.join(self.ranks.gathered(self.damage.state_dict()))
+        damaged = self.damage.summary()
+        self.damage.forget()  # the next seed counts its own: it may be another process that runs it
         seconds = {phase: usage.seconds for phase, usage in self.meter.phases.items()}
         return {
             "seed": self.seed,
@@ -143,6 +150,7 @@ class Experiment:
             "policy": json.loads(policy.to_json())["layers"],
             "input_bits": {row.name: float(row.a_bits) for row in cost_of(policy, convention=options.convention).rows},
             "search_history": search.history,
+            "damaged_images": damaged,
         }
 
     def searched(self, net: nn.Module) -> tuple[Search, Policy, nn.Module]:

@@ -53,7 +53,25 @@ def _results(result: Result) -> str:
     several = f"Mean over {count} seeds, ± 95 % interval. " if count > 1 else "One seed: no interval can be given. "
     caption = f"{several}BOPs are bit operations per sample; bits are means over weights and over activations."
     caption += f" Budget {escape(str(get(result, 'budget', 'text') or ''))}: {budget}." if budget else ""
+    caption += _damaged(result)
     return f'<section><h2>Results</h2>{html_table(head, rows)}<p class="caption">{caption}</p>{_sizes(result)}{_seeds(result)}</section>'
+
+
+def _damaged(result: Result) -> str:
+    """How many images were left out since they could not be read, and the names of the first; nothing where there were none."""
+    found: dict[str, list[Any]] = {}
+    for run in runs_of(result):
+        parts = get(run, "damaged_images")
+        for part, images in parts.items() if isinstance(parts, Mapping) else ():
+            found.setdefault(str(part), []).append(images)
+    told = []
+    for part, of_runs in found.items():
+        counts = sorted({int(number(images, "count") or 0) for images in of_runs})
+        names = get(of_runs[0], "names")
+        some = [str(name) for name in names] if isinstance(names, (list, tuple)) else []
+        more = "" if counts[-1] <= len(some) else ", …"
+        told.append(f"{' to '.join(str(n) for n in counts[:1] + counts[1:][-1:])} of {part or 'the data'} ({', '.join(some)}{more})")
+    return f" Images left out, as they could not be read: {escape('; '.join(told))}." if told else ""
 
 
 def _sizes(result: Result) -> str:

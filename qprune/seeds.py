@@ -48,6 +48,8 @@ from qprune.tasks.task import Task
 
 log = logging.getLogger("qprune")
 FORMAT = 1
+PROBE = ".probe"
+"""Written first; under the name of a file of the run it would pass for a damaged one, if the process ended here."""
 OURS = (
     OPTIONS,
     METRICS,
@@ -68,7 +70,8 @@ def open_folder(folder: Path, overwrite: bool) -> None:
     be."""
     if not overwrite and any((folder / name).exists() for name in OURS[:3]):
         raise CheckpointError(f"{folder} already holds a run; go on with it (--resume), choose another folder, or pass --overwrite")
-    write_atomically(folder / OPTIONS, b"")
+    write_atomically(folder / PROBE, b"")
+    (folder / PROBE).unlink()
     shutil.rmtree(folder / "tensorboard", ignore_errors=True)
     for place in (folder, *folder.glob("seed-*")):
         shutil.rmtree(place / STATES, ignore_errors=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,61 @@ METHODS: dict[str, dict[str, Any]] = {
     "sbs": {"w_bits": (0, 2, 4), "a_bits": (2, 4), "method_options": {"mode": "two-stage", "switch": 4}},
     "annc": {"budget": "size=5%", "method_options": {"a_bits": 4, "temperature": 4.0}},
 }
+
+PAIRS = ((2, 2), (4, 4))
+FORMS: dict[str, dict[str, Any]] = {
+    "darts-pairs": {"method": "darts", "pairs": PAIRS},
+    "edmips-pairs-zero": {"method": "edmips", "pairs": ((0, 4), (2, 4), (4, 4), (4, 2)), "granularity": "filter"},
+    "edmips-bf16": {"method": "edmips", "amp": "bf16", "channels_last": False},
+    "sbs-joint": {"method": "sbs", "w_bits": (0, 2, 4), "a_bits": (2, 4)},
+    "sbs-groups": {
+        "method": "sbs", "w_bits": (0, 2, 4), "a_bits": (2, 4),
+        "method_options": {"group_size": 2, "per_group": True, "clips": "fitted", "lmbda": 0.1, "alternate": False},
+    },
+    "sbs-pruning": {"method": "sbs", "w_bits": (0, 4), "a_bits": (4,), "method_options": {"mode": "pruning"}},
+    "annc-filter": {
+        "method": "annc", "budget": "size=10%",
+        "method_options": {"granularity": "filter", "interval": 3, "freeze_after": 2, "nesterov": True, "warmup": 0.2},
+    },
+    "slimmable-paths": {
+        "method": "slimmable", "budget": "macs=50%",
+        "method_options": {"samples": 2, "ratios": [0.5, 1.0], "distribution": "categorical", "estimator": "random-path"},
+    },
+    "zur-uniq-gumbel": {"method": "zur", "pairs": PAIRS, "quantizer": "uniq", "method_options": {"samples": 2, "estimator": "gumbel"}},
+    "zur-original": {
+        "method": "zur", "pairs": PAIRS,
+        "method_options": {
+            "samples": 2, "estimator": "score", "optimizer": "sgd", "cost": "sampled", "penalty": "square", "assignment": "index",
+            "statistics": "running", "shared_weights": False, "freeze": [0.5, 2],
+        },
+    },
+}  # fmt: skip
+"""Methods in their other forms; METHODS has the common ones."""
+
+
+class Killed(BaseException):
+    """The process is gone: nothing may handle this."""
+
+
+class Watcher:
+    """Calls `act` at step `at` of this process; 0: never."""
+
+    def __init__(self, at: int = 0, act: Callable[[], None] | None = None) -> None:
+        self.at, self.act, self.steps = at, act, 0
+        self.phases: list[tuple[str, int, int]] = []
+
+    def phase(self, name: str, seed: int, steps: int, done: int = 0) -> None:
+        self.phases.append((name, steps, done))
+
+    def step(self, values: Any) -> None:
+        self.steps += 1
+        if self.steps == self.at:
+            if self.act is None:
+                raise Killed
+            self.act()
+
+    def epoch(self, values: Any) -> None:
+        pass
 
 
 class Block(nn.Module):
@@ -52,6 +108,14 @@ class Small(nn.Module):
         return self.fc(self.dropout(x.mean((2, 3))))
 
 
+class Tied(Small):
+    """A search may prune filters of block.0 and of block.3.conv2: in pairs, since their outputs are added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), Block())
+
+
 def noisy(x: Tensor, generator: torch.Generator) -> Tensor:
     return x + 0.1 * torch.randn(x.shape, generator=generator)
 
@@ -73,15 +137,19 @@ def small_network(*args: Any, **kwargs: Any) -> nn.Module:
     return Small().to(memory_format=torch.channels_last)
 
 
-def patch(monkeypatch: Any) -> None:
+def tied_network(*args: Any, **kwargs: Any) -> nn.Module:
+    return Tied().to(memory_format=torch.channels_last)
+
+
+def patch(monkeypatch: Any, network: Callable[..., nn.Module] = small_network) -> None:
     monkeypatch.setattr(data, "load", small_task)
-    monkeypatch.setattr(models, "for_task", small_network)
+    monkeypatch.setattr(models, "for_task", network)
     monkeypatch.setattr(seeds, "write_report", lambda folder: None)
 
 
 def options(case: str = "edmips", **changes: Any) -> RunOptions:
     values = {"method": case, "float_epochs": 2, "search_epochs": 2, "finetune_epochs": 1, "batch_size": 16, "budget": "w3a3"}
-    return RunOptions(**{**values, **METHODS[case], **changes})
+    return RunOptions(**{**values, **{**METHODS, **FORMS}[case], **changes})
 
 
 def outcome(folder: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import resume_cases
@@ -32,10 +32,12 @@ class _Patch:
     setattr = staticmethod(setattr)
 
 
-def started(words: Sequence[str]) -> int:
-    """The process of a command line."""
+def started(words: Sequence[str], prepare: Callable[[], None] | None = None) -> int:
+    """The process of a command line; it calls `prepare` first."""
     child = os.fork()
     if child == 0:
+        if prepare is not None:
+            prepare()
         sys.argv = ["qprune", *words]
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)

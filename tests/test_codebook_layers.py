@@ -163,6 +163,13 @@ def test_bits_of_filters() -> None:
     assert layer_bits(made) == LayerBits((2, 0, 2, 2, 0), 32)
 
 
+def test_a_mask_of_whole_filters_can_be_loaded_into() -> None:
+    rows = torch.tensor([True, False, True, True, False]).view(5, 1, 1, 1)
+    made, other = (to_codebook(nn.Conv2d(3, 5, 3), mask.expand(5, 3, 3, 3), torch.zeros(4)) for mask in (rows, ~rows))
+    made.load_state_dict(other.state_dict())
+    assert torch.equal(made.mask, ~rows.expand(5, 3, 3, 3)) and rows[0]
+
+
 def test_sizes() -> None:
     """By hand: six of eight weights at 2 bits with a book of four, and a float layer of 16 weights."""
     found = stored_sizes(nn.Sequential(linear_layer(), nn.Linear(2, 8)))

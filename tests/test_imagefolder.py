@@ -15,30 +15,14 @@ from PIL import Image
 
 from qprune.tasks import data, imagefolder
 from tests import vision_standin
+from tests.image_files import SHADES, damage, picture, tree
 
 SIZE = 16
-SHADES = {"ash": 40, "birch": 120, "cedar": 200}
 
 
 @pytest.fixture(autouse=True)
 def _vision(monkeypatch: pytest.MonkeyPatch) -> None:
     vision_standin.install(monkeypatch)
-
-
-def picture(path: Path, shade: int, seed: int = 0, shape: tuple[int, int] = (24, 20), mode: str = "RGB") -> None:
-    """An image whose mean tells its class."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    noise = np.random.default_rng(seed).integers(-10, 11, (*shape, 3))
-    Image.fromarray((shade + noise).astype(np.uint8)).convert(mode).save(path)
-
-
-def tree(root: Path, **counts: int) -> Path:
-    """root/part/class/number.png; part "all" is the root itself."""
-    for part, count in counts.items():
-        for name, shade in SHADES.items():
-            for number in range(count):
-                picture((root if part == "all" else root / part) / name / f"{number}.png", shade, number)
-    return root
 
 
 def load(root: Path, **options: Any) -> data.Task:
@@ -128,20 +112,6 @@ def test_names_that_are_no_text(tmp_path: Path) -> None:
     picture(tmp_path / "val" / "ash" / "a.png", SHADES["ash"])
     (tmp_path / "val" / "ash" / "a.png").rename(tmp_path / "val" / "ash" / strange)
     assert sum(len(y) for _, y in batches(load(tmp_path), "test")) == 7
-
-
-def damage(root: Path) -> dict[str, bytes]:
-    """Files that cannot be read, by name."""
-    whole = (root / "train" / "ash" / "0.png").read_bytes()
-    found = {
-        "train/ash/1.png": whole[: len(whole) // 2],
-        "train/birch/2.png": b"",
-        "train/cedar/3.png": b"\x89PNG\r\n\x1a\n" + bytes(100),
-        "train/cedar/4.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n",
-    }
-    for name, content in found.items():
-        (root / name).write_bytes(content)
-    return found
 
 
 def test_damaged_images_are_skipped_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

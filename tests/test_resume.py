@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from resume_cases import METHODS, options, outcome, patch
+from resume_cases import METHODS, Killed, Watcher, options, outcome, patch
 
 from qprune.errors import CheckpointError
 from qprune.options import OptionError
@@ -25,31 +25,6 @@ from qprune.resume.statefile import read_state
 from qprune.seeds import run
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-class Killed(BaseException):
-    """The process is gone: nothing may handle this."""
-
-
-class Watcher:
-    """Calls `act` at step `at` of this process; 0: never."""
-
-    def __init__(self, at: int = 0, act: Callable[[], None] | None = None) -> None:
-        self.at, self.act, self.steps = at, act, 0
-        self.phases: list[tuple[str, int, int]] = []
-
-    def phase(self, name: str, seed: int, steps: int, done: int = 0) -> None:
-        self.phases.append((name, steps, done))
-
-    def step(self, values: Any) -> None:
-        self.steps += 1
-        if self.steps == self.at:
-            if self.act is None:
-                raise Killed
-            self.act()
-
-    def epoch(self, values: Any) -> None:
-        pass
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -56,7 +56,8 @@ class CodebookLayer(Narrow):
             raise SpaceError("a_bits: 0 bits of the input would leave nothing of the layer; expected 1 … 8, or 32")
         self.w_bits, self.linear = bits, linear
         self.surround(None, None)
-        self.register_buffer("mask", mask.to(self.weight.device, torch.bool))
+        # memory of its own: the mask of whole filters may be expanded, and nothing can be loaded into that
+        self.register_buffer("mask", torch.empty_like(self.weight, dtype=torch.bool).copy_(mask))
         self.register_buffer("codebook", values.detach().to(self.weight.device, torch.float32).clone())
         self.input_quantizer = InputQuantizer("pact", (a_bits,), self.weight.device) if a_bits != FLOAT else None
         with torch.no_grad():

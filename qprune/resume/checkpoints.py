@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from qprune.errors import CheckpointError
 from qprune.ranks import ALONE, Ranks
 from qprune.resume.signals import Stop
 from qprune.resume.statefile import read_state, write_state
+from qprune.tasks.damage import Damage
 
 log = logging.getLogger("qprune")
 END = "-end"
@@ -28,11 +30,13 @@ class Checkpoints:
     ranks    of which rank 0 has the files; all of them make every call here
     steps    done of this seed, over all phases
     metrics  bytes of metrics.jsonl that the newest state knows
+    damage   images that could not be read; at every checkpoint each rank gets to know those of the others
     """
 
     def __init__(self, folder: Path, minutes: float = 10.0, keep: int = 3, stop: Stop | None = None, ranks: Ranks = ALONE) -> None:
         self.folder, self.minutes, self.keep, self.stop, self.ranks = folder, minutes, keep, stop or Stop(), ranks
         self.steps = self.metrics = 0
+        self.damage = Damage()
         self._saved_at = time.monotonic()
         if ranks.main:
             for left in folder.glob(".*"):  # of writes that were cut short
@@ -51,7 +55,8 @@ class Checkpoints:
     def save(self, phase: str, state: dict[str, Any], end: bool = False) -> Path:
         """Write a checkpoint and remove those that are too many. Raises CheckpointError where it cannot be written; the others stay."""
         path = self.folder / f"{self.steps:0{DIGITS}d}-{phase}{END if end else ''}.safetensors"
-        self.ranks.from_main(self._write, path, state | {"steps": self.steps, "end": end})
+        self.damage.join(self.ranks.gathered(self.damage.state_dict()))
+        self.ranks.from_main(self._write, path, state | {"steps": self.steps, "end": end, "damage": self.damage.state_dict()})
         self._saved_at = time.monotonic()
         return path
 
@@ -75,14 +80,15 @@ class Checkpoints:
         removed."""
         state = self.ranks.from_main(self._newest, phase)
         if state is not None:
-            self.steps, self.metrics = int(state["steps"]), int(state["metrics"])
+            self.steps, self.metrics = state["steps"], state["metrics"]
+            self.damage.join([state["damage"]])
         return state
 
     def _newest(self, phase: str) -> dict[str, Any] | None:
         ends = sorted(self.folder.glob(f"{_NUMBER}-{phase}{END}.safetensors"))
         for path in [*ends[::-1], *sorted(self.folder.glob(f"{_NUMBER}-{phase}.safetensors"), reverse=True)]:
             try:
-                state: dict[str, Any] = read_state(path)
+                state = _checked(path, read_state(path))
             except CheckpointError as error:
                 log.warning("qprune: %s; going on from the one before", error)
                 path.unlink(missing_ok=True)
@@ -101,3 +107,14 @@ class Checkpoints:
 
     def _files(self) -> list[Path]:
         return sorted(path for path in self.folder.glob(f"{_NUMBER}-*.safetensors") if not path.stem.endswith(END))
+
+
+def _checked(path: Path, state: Any) -> dict[str, Any]:
+    """A state with what `save` adds to it. Raises CheckpointError for one without."""
+    fits = False
+    with suppress(KeyError, TypeError):
+        numbers, tables = [state[name] for name in ("steps", "metrics")], [state["damage"][name] for name in ("names", "parts")]
+        fits = all(type(number) is int and number >= 0 for number in numbers) and all(isinstance(table, dict) for table in tables)
+    if not fits:
+        raise CheckpointError(f"{path} lacks what a checkpoint of this version of qprune has")
+    return dict(state)

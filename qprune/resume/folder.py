@@ -7,7 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +48,9 @@ def held(folder: Path) -> Iterator[None]:
             raise CheckpointError(
                 f"{folder} is in use by another process{f' ({who})' if who else ''}; wait for it, or choose another folder"
             ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {os.uname().nodename}")
-        file.flush()
+        with suppress(OSError):  # for people to read; on a full disk the run itself says what is wrong
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), f"process {os.getpid()} on {os.uname().nodename}".encode())
         yield
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .lazy import Damage, DamagedImageError, Images, Normalise, Transforms, number_of_workers
+from .damage import Damage, DamagedImageError
+from .lazy import Images, Normalise, Transforms, number_of_workers
 from .order import DataError
 from .task import Task
 from .vision import IMAGENET, resized_crops
@@ -114,6 +115,7 @@ def imagefolder(
             raise DataError(f"imagefolder: {root} has train, but neither val nor test; put class folders into {root} to have it divided")
         train, val = place.part(parts["train"], classes, root).divided((1 - val_fraction, val_fraction), seed)
         test = place.part(parts.get("test") or parts["val"], classes, root)
+    train, val, test = (replace(images, name=name) for name, images in (("train", train), ("val", val), ("test", test)))
     return Task("imagefolder", 3, image_size, len(classes), train, val, test)
 
 

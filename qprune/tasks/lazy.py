@@ -8,7 +8,6 @@ it, however many there are.
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import warnings
@@ -20,17 +19,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from .damage import Damage, DamagedImageError
 from .order import DataError, Order
 from .prefetch import prefetched
 from .task import Augment, stratified
 
-log = logging.getLogger("qprune")
-
 Transform = Callable[[Any], Tensor]
-
-
-class DamagedImageError(DataError):
-    """One image that cannot be read."""
 
 
 class Reader(Protocol):
@@ -68,24 +62,6 @@ class Normalise:
         return ((x.float() - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
-@dataclass
-class Damage:
-    """Images that could not be read, by name, and how many of them are too many."""
-
-    limit: int = 0
-    names: dict[str, str] = field(default_factory=dict)
-
-    def add(self, name: str, reason: str) -> None:
-        """Raises DataError for the first image beyond the limit."""
-        if name in self.names:
-            return
-        self.names[name] = reason
-        if len(self.names) > self.limit:
-            worst = "; ".join(f"{name}: {reason}" for name, reason in list(self.names.items())[-5:])
-            raise DataError(f"damaged images: {len(self.names)}, allowed: {self.limit} (option max_damaged); the last: {worst}")
-        log.warning("skipped damaged image %d of at most %d: %s: %s", len(self.names), self.limit, name, reason)
-
-
 MAX_WORKERS = 256
 
 
@@ -107,6 +83,7 @@ class Images:
     workers processes that read and transform; 0 for none but this one
     damage  counts images that cannot be read. In shuffled batches the next one of the part that can be read takes their place; other
             batches are smaller, and one without any image is left out
+    name    of the part: "train", "val" or "test"
     """
 
     reader: Reader
@@ -116,6 +93,7 @@ class Images:
     workers: int = 0
     damage: Damage = field(default_factory=Damage)
     device: str = "cpu"
+    name: str = ""
 
     def __len__(self) -> int:
         return self.y.shape[0]
@@ -143,7 +121,7 @@ class Images:
     def _now(self) -> list[Tensor]:
         x, _, damaged = _Pass(self, [torch.arange(len(self))])[0]
         for name, reason in damaged:
-            self.damage.add(name, reason)
+            self.damage.add(name, reason, self.name)
         return list(x)
 
     def loader(
@@ -192,7 +170,7 @@ class ImageLoader:
             batches = iter(loader)
         for x, y, damaged in batches:
             for name, reason in damaged:
-                self.part.damage.add(name, reason)
+                self.part.damage.add(name, reason, self.part.name)
             if len(y):
                 yield x, y
 
