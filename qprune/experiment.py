@@ -24,7 +24,7 @@ from qprune.nn.codebook import CodebookRefresh, codebook_layers
 from qprune.options import RunOptions
 from qprune.overhead import overhead
 from qprune.policy import Policy
-from qprune.precision import AMP, Contiguous, compiled, device_of, switched
+from qprune.precision import AMP, Contiguous, compiled, device_of, switched, synchronised
 from qprune.ranks import ALONE, Ranks
 from qprune.recipes import Recipe, recipe_for
 from qprune.record import record_of
@@ -280,7 +280,8 @@ class Experiment:
     def _running(self, phase: Phase) -> Iterator[None]:
         """The training loop of a phase is compiled if asked for, measured, and its errors say what to do."""
         fast = self.options.compile and not (phase.name == "search" and self.options.method == "slimmable")
-        with explained(phase, self.options, self.seed), self.meter.phase(phase.name, phase.earlier), compiled(phase.model, fast):
+        together = synchronised(phase.model, self.options.sync_bn and not self.ranks.alone)
+        with explained(phase, self.options, self.seed), self.meter.phase(phase.name, phase.earlier), together, compiled(phase.model, fast):
             yield
         phase.end(self.meter.phases[phase.name])
 

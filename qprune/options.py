@@ -55,6 +55,7 @@ class RunOptions:
     compile             training goes through torch.compile (the search of method slimmable, whose shapes change in every step, does not)
     tf32                tensor cores for float32 on CUDA GPUs: True, False, or None for torch's own choice (convolutions only)
     cuda_graph          the search replays its steps as CUDA graphs
+    sync_bn             batch normalisations see the batches of all processes (torchrun), on CUDA GPUs; else each its own
     accumulate          parts of a batch that training makes its forward and backward passes with, one after the other, for one update
     """
 
@@ -91,6 +92,7 @@ class RunOptions:
     compile: bool = False
     tf32: bool | None = None
     cuda_graph: bool = False
+    sync_bn: bool = False
     accumulate: int = 1
 
     def __post_init__(self) -> None:

@@ -32,6 +32,8 @@ class Switches(Protocol):
     def cuda_graph(self) -> bool: ...
     @property
     def batch_size(self) -> int: ...
+    @property
+    def sync_bn(self) -> bool: ...
 
 
 def is_device(text: object) -> bool:
@@ -62,6 +64,10 @@ def described(device: torch.device) -> str:
 def check(switches: Switches, ranks: Ranks = ALONE) -> torch.device:
     """The device. Raises BackendError if it is not there, or if it, or the ranks together, cannot do what is asked for."""
     device = device_of(switches.device)
+    if switches.sync_bn and device.type != "cuda":
+        raise BackendError(
+            f"sync_bn: torch synchronises batch statistics on CUDA GPUs only, and the run computes on {device}; leave it out"
+        )
     if not ranks.alone:
         if switches.batch_size % ranks.count:
             raise BackendError(
@@ -117,6 +123,26 @@ def laid_out(x: Tensor, channels_last: bool) -> Tensor:
     """x [B, C, H, W] in that layout, other x as they are."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return x.contiguous(memory_format=layout) if x.dim() == 4 else x
+
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+@contextmanager
+def synchronised(model: nn.Module, on: bool = True) -> Iterator[None]:
+    """Within, batch normalisations take their statistics from the batches of all ranks (torch.nn.SyncBatchNorm). The modules stay the same,
+    with their hooks and their place; only their class is another one meanwhile."""
+    norms = [module for module in model.modules() if type(module) in NORMS] if on else []
+    kinds = [type(norm) for norm in norms]
+    try:
+        for norm in norms:
+            norm.__class__ = nn.SyncBatchNorm  # type: ignore[assignment]
+            norm.process_group = None  # type: ignore[assignment]
+        yield
+    finally:
+        for norm, kind in zip(norms, kinds, strict=True):
+            norm.__class__ = kind
+            norm.__dict__.pop("process_group", None)
 
 
 class Contiguous:

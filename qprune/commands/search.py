@@ -59,6 +59,7 @@ def search(
     ] = None,
     cuda_graph: Annotated[bool, typer.Option("--cuda-graph", help="Replay the steps of the search as CUDA graphs.")] = False,
     accumulate: Annotated[int, typer.Option(help="Parts of a batch, one after the other, for one update: the memory of a part.")] = 1,
+    sync_bn: Annotated[bool, typer.Option("--sync-bn", help="Under torchrun: batch statistics of all processes together (GPUs).")] = False,
     threads: shared.Threads = 0,
     overwrite: shared.Overwrite = False,
     resume: shared.Resume = False,
