@@ -116,11 +116,8 @@ class Experiment:
             return self._run()
 
     def _run(self) -> dict[str, Any]:
-        seed_all(self.seed)
         options = self.options
-        net = network_of(options, self.task).to(self.device)
-        if not options.channels_last:
-            net.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        net = self.network()
         self.recipe.check(net)
         self.train("float", net, options.float_epochs, options.lr)
         search, policy, searched = self.searched(net)
@@ -144,6 +141,14 @@ class Experiment:
             "input_bits": {row.name: float(row.a_bits) for row in cost_of(policy, convention=options.convention).rows},
             "search_history": search.history,
         }
+
+    def network(self) -> nn.Module:
+        """A new network, random by the seed, which everything random is set to; or with the weights of the options."""
+        seed_all(self.seed)
+        net = network_of(self.options, self.task).to(self.device)
+        if not self.options.channels_last:
+            net.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        return net
 
     def searched(self, net: nn.Module) -> tuple[Search, Policy, nn.Module]:
         """Search from the float network, which does not change, and fine-tune what comes out. Writes policy.json."""
