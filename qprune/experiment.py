@@ -178,7 +178,8 @@ class Experiment:
         """Every image of a part, to measure."""
         return self.task.loader(part, max(MEASURED, self.ranks.count), shard=self.ranks.shard)
 
-    def _accuracy(self, net: nn.Module, part: str) -> float:
+    def accuracy(self, net: nn.Module, part: str) -> float:
+        """Share of correct answers, in 0 … 1, on "val" or "test"."""
         return accuracy_on(net, self._plain(part), channels_last=self.options.channels_last, ranks=self.ranks)[1]
 
     def _search(self, net: nn.Module) -> Search:
@@ -206,7 +207,7 @@ class Experiment:
         def on_epoch(values: dict[str, Any]) -> None:
             self.ranks.synchronise(mixed)
             with search.method.chosen():
-                values["val_accuracy"] = self._accuracy(mixed, "val")
+                values["val_accuracy"] = self.accuracy(mixed, "val")
             self._record(phase, values)
 
         with self._running(phase):
@@ -304,8 +305,8 @@ class Experiment:
         cost = cost_of(net, None if known else self.example, self.options.convention, Policy(books, geometry) if books else None)
         return Network(
             label,
-            self._accuracy(net, "test"),
-            self._accuracy(net, "val"),
+            self.accuracy(net, "test"),
+            self.accuracy(net, "val"),
             float(cost.bops),
             float(cost.macs),
             float(stored_sizes(net).total.values if books else cost.size_bits),

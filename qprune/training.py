@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from qprune.checkpoint import save
 from qprune.config import Form
@@ -17,13 +20,13 @@ from qprune.files import write_atomically
 from qprune.options import OptionError, RunOptions, plain
 from qprune.plainjson import parse
 from qprune.precision import check, switched
+from qprune.ranks import ALONE, Ranks
 from qprune.resume.checkpoints import Checkpoints
 from qprune.resume.folder import RESULT, STATES, begin, check_same, held, options_in, take_up
 from qprune.resume.randomness import be_deterministic
 from qprune.resume.signals import Stop, Stopped
 from qprune.seeds import environment, open_folder
 from qprune.tasks.sources import task_of
-from qprune.tasks.train import evaluate
 
 FORMAT = 1
 MODEL = "model.safetensors"
@@ -86,6 +89,7 @@ def run(
     minutes: float = 10.0,
     keep: int = 3,
     stop: Stop | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Train, and write the folder: options.yaml, environment.json, metrics.jsonl, model.safetensors, result.json; meanwhile there are
     checkpoints. Returns result.json's content, with test and validation accuracy in 0 … 1.
@@ -95,31 +99,45 @@ def run(
     """
     if minutes < 0 or keep < 1:
         raise OptionError(f"expected checkpoint minutes from 0 and at least 1 checkpoint to keep, got {minutes} and {keep}")
-    with held(folder):
+    with ExitStack() as holding:
+        ranks.from_main(holding.enter_context, held(folder))
         try:
-            began = stored_options(folder) if resume else None
-            if began is not None:
-                check_same(began, folder, options.as_dict())
-                done = finished(folder)
-                if done is not None:
-                    return done
-                take_up(folder, environment(options.device))
-            check(options.run_options())
-            surroundings = environment(options.device)
+            began, done = ranks.from_main(lambda: _begun(options, folder, ranks) if resume else (False, None))
+            if done is not None:
+                return done
+            check(options.run_options(), ranks)
             if options.deterministic:
                 be_deterministic()
+            torch.set_num_threads(ranks.from_main(torch.get_num_threads))
             task = task_of(options)
-            if began is None:
-                open_folder(folder, overwrite)
-                begin(folder, options, surroundings)
-            states = Checkpoints(folder / STATES, minutes, keep, stop)
-            experiment = Experiment(options.run_options(), task, options.seed, folder, watcher, checkpoints=states)
-            result = {"format": FORMAT, "kind": "train", "options": options.as_dict(), "environment": surroundings, **_trained(experiment)}
-            write_atomically(folder / RESULT, json.dumps(result, indent=1).encode())
+            if not began:
+                ranks.from_main(_begin, options, folder, overwrite, ranks)
+            states = Checkpoints(folder / STATES, minutes, keep, stop, ranks)
+            experiment = Experiment(options.run_options(), task, options.seed, folder, watcher, checkpoints=states, ranks=ranks)
+            found = _trained(experiment)
+            made = {"format": FORMAT, "kind": "train", "options": options.as_dict(), "environment": environment(options.device, ranks)}
+            ranks.from_main(write_atomically, folder / RESULT, json.dumps(made | found, indent=1).encode())
             states.clear()
-            return result
+            return made | found
         except Stopped as stopped:
             raise Stopped(stopped.number, f"{stopped}; go on with: qprune train --resume --out {folder}") from None
+
+
+def _begun(options: TrainOptions, folder: Path, ranks: Ranks) -> tuple[bool, dict[str, Any] | None]:
+    """(whether a training was begun in the folder, its result if it is over). It goes on with as many threads as it began with."""
+    began = stored_options(folder)
+    if began is None:
+        return False, None
+    check_same(began, folder, options.as_dict())
+    done = finished(folder)
+    if done is None:
+        take_up(folder, environment(options.device, ranks))
+    return True, done
+
+
+def _begin(options: TrainOptions, folder: Path, overwrite: bool, ranks: Ranks) -> None:
+    open_folder(folder, overwrite)
+    begin(folder, options, environment(options.device, ranks))
 
 
 def _trained(experiment: Experiment) -> dict[str, Any]:
@@ -128,12 +146,9 @@ def _trained(experiment: Experiment) -> dict[str, Any]:
     with switched(options):
         net = experiment.network()
         experiment.train("float", net, options.float_epochs, options.lr)
-        save(net, experiment.folder / MODEL)
-        parts = {"test_accuracy": "test", "val_accuracy": "val"}
-        found = {
-            name: evaluate(net, experiment.task.loader(part, 256), channels_last=options.channels_last)[1] for name, part in parts.items()
-        }
-    return {**found, "seconds": experiment.meter.phases["float"].seconds}
+        experiment.ranks.from_main(save, net, experiment.folder / MODEL)
+        accuracies = {f"{part}_accuracy": experiment.accuracy(net, part) for part in ("test", "val")}
+    return {**accuracies, "seconds": experiment.meter.phases["float"].seconds}
 
 
 def finished(folder: Path) -> dict[str, Any] | None:
