@@ -100,7 +100,7 @@ def main(folder: Path, kills: int, command: str) -> None:
             child = started([*WORDS[command], str(part)])
             begun, first, more = time.monotonic(), steps_of(part), dice.choice((0, 1, 1, 2, 3))
             # after some steps, or at any moment of the first, or of what comes before and after training
-            while time.monotonic() - begun < 2 * whole and steps_of(part) < first + more:
+            while time.monotonic() - begun < max(2 * whole, 20.0) and steps_of(part) < first + more:
                 if (part / "model.safetensors").exists() or os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
                     break
                 time.sleep(0.002)
