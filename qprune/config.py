@@ -117,10 +117,15 @@ def merged(file: Path | None, words: Sequence[str], flags: Mapping[str, Any], fo
     return over(over(read_file(file, form) if file is not None else {}, read_words(words, form)), flags)
 
 
+def completed(began: Options, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that are given; entries of mappings that are not given are as in those that something began with."""
+    return over({name: getattr(began, name) for name in given}, given)
+
+
 def comparable(began: RunOptions, given: Mapping[str, Any]) -> dict[str, Any]:
     """The options that are given, in the form in which they can be compared with those that a run began with: entries that are not given
     are as they were, and no bits are those of its method."""
-    whole = over({name: getattr(began, name) for name in given}, given)
+    whole = completed(began, given)
     own = METHODS[began.method].default_bits
     return {name: value or own if name in ("w_bits", "a_bits") else value for name, value in whole.items()}
 

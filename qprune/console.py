@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from qprune.cost import Cost
@@ -19,36 +20,73 @@ if TYPE_CHECKING:
     from qprune.exporting import Exported
 
 PHASES = {"float": "train float", "search": "search", "finetune": "fine-tune", "uniform": "train uniform"}
+_MOST = 10_000  # characters of a line, whatever the console's width
+
+
+class Value(ProgressColumn):
+    """A number of the phase by its name, nothing where it is not known."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(Column(no_wrap=True))
+        self.name = name
+
+    def render(self, task: Task) -> Text:
+        value = task.fields["values"].get(self.name)
+        return Text("" if value is None else f"{self.name} {value:.2f}" if abs(value) < 1000 else f"{self.name} {value:.1e}")
 
 
 class Rate(ProgressColumn):
     """Images per second, over the steps of the last seconds or, of a phase that is over, over all."""
 
     def __init__(self, batch_size: int) -> None:
-        super().__init__()
+        super().__init__(Column(no_wrap=True, justify="right"))
         self.batch_size = batch_size
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text(f"{speed * self.batch_size:,.0f} images/s" if speed and self.batch_size else "")
+        return Text(f"{speed * self.batch_size:,.0f} img/s" if speed and self.batch_size else "")
+
+
+class Fitting(Progress):
+    """Lines that are no wider than the console: columns are left out, the first of `spare` first. What was left out does not come back
+    while the console is as wide, so that lines do not flicker."""
+
+    def __init__(self, columns: Sequence[ProgressColumn], spare: Sequence[ProgressColumn], console: Console) -> None:
+        self.all, self.spare, self.place, self.left_out, self.width = tuple(columns), tuple(spare), console, 0, console.width
+        super().__init__(*columns, console=console)
+
+    def make_tasks_table(self, tasks: Iterable[Task]) -> Table:
+        tasks = list(tasks)
+        if self.place.width != self.width:
+            self.left_out, self.width = 0, self.place.width
+        while True:
+            self.columns = tuple(column for column in self.all if column not in self.spare[: self.left_out])
+            table = super().make_tasks_table(tasks)
+            if not tasks or self.left_out == len(self.spare) or self._width_of(table) <= self.width:
+                return table
+            self.left_out += 1
+
+    def _width_of(self, table: Table) -> int:
+        return Measurement.get(self.place, self.place.options.update(max_width=_MOST), table).maximum
 
 
 class Bars:
-    """One progress bar per phase: steps done, loss, accuracy on validation data, expected cost over budget, mean entropy of the gates,
-    images per second, time left.
+    """One progress bar per phase: steps done, loss, expected cost over budget, accuracy on validation data, mean entropy of the gates,
+    images per second, time left. Where the console is too narrow for all, some are left out.
 
     batch_size  images of a step; 0: their number is not shown
     """
 
     def __init__(self, console: Console, seeds: int, batch_size: int = 0) -> None:
         self.seeds = seeds
-        self.progress = Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=10), MofNCompleteColumn(), TextColumn("{task.fields[values]}"),
-            Rate(batch_size),
-            TimeRemainingColumn(compact=True, elapsed_when_finished=True), console=console,
-        )  # fmt: skip
+        label = TextColumn("{task.description}", table_column=Column(no_wrap=True))
+        bar, count, rate = BarColumn(bar_width=10), MofNCompleteColumn(table_column=Column(no_wrap=True)), Rate(batch_size)
+        loss, cost, accuracy, entropy = (Value(name) for name in ("loss", "cost", "acc", "entropy"))
+        time = TimeRemainingColumn(compact=True, elapsed_when_finished=True, table_column=Column(no_wrap=True))
+        columns = (label, bar, count, loss, cost, accuracy, entropy, rate, time)
+        self.progress = Fitting(columns, (entropy, bar, rate, cost, accuracy, loss), console)
         self.task: TaskID | None = None
-        self.values: dict[str, str] = {}
+        self.values: dict[str, float] = {}
 
     def __enter__(self) -> Bars:
         self.progress.start()
@@ -60,21 +98,16 @@ class Bars:
     def phase(self, name: str, seed: int, steps: int, done: int = 0) -> None:
         label = PHASES.get(name, name) + (f" (seed {seed})" if self.seeds > 1 else "")
         self.values = {}
-        self.task = self.progress.add_task(f"{label:<13}", total=steps, completed=done, values="")
+        self.task = self.progress.add_task(f"{label:<13}", total=steps, completed=done, values=self.values)
 
     def step(self, values: Mapping[str, float]) -> None:
         assert self.task is not None
-        self._show(values)
+        self.values |= values
         self.progress.advance(self.task)
 
     def epoch(self, values: Mapping[str, Any]) -> None:
         shown = {"acc": "val_accuracy", "entropy": "entropy"}
-        self._show({label: values[name] for label, name in shown.items() if values.get(name) is not None})
-
-    def _show(self, values: Mapping[str, float]) -> None:
-        self.values |= {name: f"{name} {value:.2f}" for name, value in values.items()}
-        if self.task is not None:
-            self.progress.update(self.task, values=" ".join(self.values.values()))
+        self.values |= {label: values[name] for label, name in shown.items() if values.get(name) is not None}
 
 
 def size(bits: float) -> str:

@@ -72,6 +72,13 @@ def nothing(text: str) -> Figure:
     return figure
 
 
+def at_most_100(axis: Any, name: str = "y") -> None:
+    """Let the x or y axis, of accuracies in %, end just above 100 where it went further: markers there are whole, intervals are cut."""
+    low, high = getattr(axis, f"get_{name}lim")()
+    if high > 100 > low:
+        getattr(axis, f"set_{name}lim")(low, 100 + 0.04 * (100 - low))
+
+
 def svg(figure: Figure, prefix: str) -> str:
     """The figure as an <svg> element to put inside a page: ids begin with prefix, theme colours are CSS variables, the same every time."""
     buffer = io.StringIO()

@@ -120,11 +120,8 @@ class Experiment:
             return self._run()
 
     def _run(self) -> dict[str, Any]:
-        seed_all(self.seed)
         options = self.options
-        net = network_of(options, self.task).to(self.device)
-        if not options.channels_last:
-            net.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        net = self.network()
         self.recipe.check(net)
         self.train("float", net, options.float_epochs, options.lr)
         search, policy, searched = self.searched(net)
@@ -152,6 +149,14 @@ class Experiment:
             "search_history": search.history,
             "damaged_images": damaged,
         }
+
+    def network(self) -> nn.Module:
+        """A new network, random by the seed, which everything random is set to; or with the weights of the options."""
+        seed_all(self.seed)
+        net = network_of(self.options, self.task).to(self.device)
+        if not self.options.channels_last:
+            net.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        return net
 
     def searched(self, net: nn.Module) -> tuple[Search, Policy, nn.Module]:
         """Search from the float network, which does not change, and fine-tune what comes out. Writes policy.json."""
@@ -181,7 +186,8 @@ class Experiment:
         """Every image of a part, to measure."""
         return self.task.loader(part, max(MEASURED, self.ranks.count), shard=self.ranks.shard)
 
-    def _accuracy(self, net: nn.Module, part: str) -> float:
+    def accuracy(self, net: nn.Module, part: str) -> float:
+        """Share of correct answers, in 0 … 1, on "val" or "test"."""
         return accuracy_on(net, self._plain(part), channels_last=self.options.channels_last, ranks=self.ranks)[1]
 
     def _search(self, net: nn.Module) -> Search:
@@ -209,7 +215,7 @@ class Experiment:
         def on_epoch(values: dict[str, Any]) -> None:
             self.ranks.synchronise(mixed)
             with search.method.chosen():
-                values["val_accuracy"] = self._accuracy(mixed, "val")
+                values["val_accuracy"] = self.accuracy(mixed, "val")
             self._record(phase, values)
 
         with self._running(phase):
@@ -309,8 +315,8 @@ class Experiment:
         cost = cost_of(net, None if known else self.example, self.options.convention, Policy(books, geometry) if books else None)
         return Network(
             label,
-            self._accuracy(net, "test"),
-            self._accuracy(net, "val"),
+            self.accuracy(net, "test"),
+            self.accuracy(net, "val"),
             float(cost.bops),
             float(cost.macs),
             float(stored_sizes(net).total.values if books else cost.size_bits),

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, MultipleLocator, NullLocator
 
-from qprune.drawing import SERIES, THEME, WIDTH, nothing, styled
+from qprune.drawing import SERIES, THEME, WIDTH, at_most_100, nothing, styled
 from qprune.result import FLOAT, NETWORKS, PRUNED, Result, budget_label, get, layers_of, number, runs_of, si, summary
 
 _MARKERS = {"float": "s", "searched": "o", "uniform": "D"}
@@ -86,7 +86,7 @@ def accuracy_cost(result: Result) -> Figure:
         right = math.log(limit / min(costs)) <= 0.6 * math.log(max(costs) / min(costs))
         place: dict[str, Any] = {"ha": "left" if right else "right", "va": "top", "color": THEME["muted"]}
         text = f"{budget_label(result)}\n{si(limit, 'BOPs')}"
-        wide.annotate(text, (limit, 1), (5 if right else -5, -2), xycoords=("data", "axes fraction"), textcoords="offset points", **place)
+        wide.annotate(text, (limit, 1), (8 if right else -8, -2), xycoords=("data", "axes fraction"), textcoords="offset points", **place)
     low, high = min(costs) / 1.8, max(costs) * 1.8
     wide.set(xscale="log", xlim=(low, high), title="all networks", ylabel="test accuracy (%)", xlabel="BOPs per sample, log scale")
     wide.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 200 else (1,)))
@@ -99,6 +99,7 @@ def accuracy_cost(result: Result) -> Figure:
     for axis in (wide, close):
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: si(value, digits=6)))
         axis.margins(y=0.2)
+        at_most_100(axis)
         axis.grid(True, axis="y", linewidth=0.6)
         axis.set_axisbelow(True)
     bars, labels = wide.get_legend_handles_labels()
@@ -269,6 +270,7 @@ def progress(result: Result) -> Figure:
             axis.set(title=phase if line == 0 else "", ylabel=label if column == 0 else "", xlabel="epoch" if line else "")
             axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             axis.grid(True, axis="y", linewidth=0.6)
+    at_most_100(axes[0, 0])
     return figure
 
 

@@ -42,6 +42,7 @@ tr.main > * { font-weight: 650; }
 figure { margin: 0; }
 figure svg { display: block; width: 100%; min-width: 600px; height: auto; }
 figure svg text { font-family: inherit !important; }
+.caption + .scroll { margin-top: 22px; }
 figcaption, .caption { margin: 10px 0 0; color: var(--muted); font-size: 13px; }
 details { margin-top: 14px; }
 summary { cursor: pointer; color: var(--muted); }

@@ -168,6 +168,17 @@ def outcome(folder: Path) -> dict[str, Any]:
     return found
 
 
+def trained(folder: Path) -> dict[str, Any]:
+    """The same of a folder of qprune train."""
+    header, tensors = read(folder / "model.safetensors")
+    return {
+        "result": _timeless(json.loads((folder / "result.json").read_text())),
+        "metrics": [_timeless(json.loads(line)) for line in (folder / "metrics.jsonl").read_text().splitlines()],
+        "header": header,
+        "tensors": {key: (str(t.dtype), tuple(t.shape), t.numpy().tobytes()) for key, t in tensors.items()},
+    }
+
+
 def _timeless(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _timeless(item) for key, item in value.items() if key not in ("seconds", "search_in_float_epochs")}

@@ -246,6 +246,22 @@ def test_plot_gives_the_four_figures(tmp_path: Path) -> None:
     assert all(isinstance(figure, Figure) for figure in drawn.values())
 
 
+@pytest.mark.parametrize(
+    ("accuracies", "half"),
+    [((1.0, 1.0, 1.0), None), ((0.99, 0.985, 0.985), 0.03), ((1.0, 0.9999, 0.9998), 0.0001), ((0.9916, 0.9916, 0.9916), None)],
+    ids=["all", "intervals", "near", "equal"],
+)
+def test_accuracies_end_at_100_percent(accuracies: tuple[float, float, float], half: float | None) -> None:
+    result = fake_result()
+    for name, accuracy in zip(("float", "searched", "uniform"), accuracies):
+        result["runs"][0]["networks"][name]["accuracy"] = accuracy
+        result["summary"][name] |= {"accuracy_mean": accuracy, "accuracy_ci95": half}
+    for axis in figures.accuracy_cost(result).axes:
+        low, high = axis.get_ylim()
+        assert low < 100 * min(accuracies) and 100 * max(accuracies) < high <= 100 + 0.05 * (100 - low)
+        assert not [tick for tick in axis.get_yticks() if 100 + 1e-9 < tick <= high]
+
+
 def test_per_filter_bits_fill_every_column() -> None:
     result = fake_result(per_filter=True)
     bars: Any = figures.bits_by_filter(result).axes[0].patches

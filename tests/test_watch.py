@@ -98,4 +98,4 @@ def test_bars_show_images_per_second() -> None:
     out = StringIO()
     with Bars(Console(file=out, width=160, force_terminal=True), 1, 16) as bars:
         feed(bars)
-    assert "images/s" in out.getvalue() and "acc 0.90" in out.getvalue()
+    assert "img/s" in out.getvalue() and "acc 0.90" in out.getvalue()

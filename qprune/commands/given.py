@@ -22,19 +22,20 @@ class Given(Generic[Kind]):
     called    what the options are options of, for messages: "a run"
     together  parameters that set several fields at once
 
-    set       the options that are given anywhere, though they may say the default
+    form      these options
+    set       those given anywhere, though they may say the default
     """
 
     def __init__(self, context: typer.Context, kind: type[Kind], called: str, together: Mapping[str, Sequence[str]] | None = None) -> None:
         from qprune.config import Form, checked, merged
 
         self.kind, parameters, types = kind, context.params, Form(kind, called).types
-        form = Form(kind, called, tuple(name for name in parameters if name not in types))
+        self.form = Form(kind, called, tuple(name for name in parameters if name not in types))
         sets = {name: (name,) for name in types if name in parameters} | dict(together or {})
         sources = {name: parameter for parameter, names in sets.items() for name in names}
-        self._all = checked({name: _plain(parameters[source], types[name]) for name, source in sources.items()}, "", form)
+        self._all = checked({name: _plain(parameters[source], types[name]) for name, source in sources.items()}, "", self.form)
         flags = {name: value for name, value in self._all.items() if _on_command_line(context, sources[name])}
-        self.set = merged(parameters["config"], parameters["overrides"] or (), flags, form)
+        self.set = merged(parameters["config"], parameters["overrides"] or (), flags, self.form)
 
     def options(self) -> Kind:
         """All options: those that are set, and the command's defaults of the others. Raises OptionError for what cannot be."""

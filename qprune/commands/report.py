@@ -1,4 +1,4 @@
-"""qprune report: the page of a run folder."""
+"""qprune report: the page of a folder."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import typer
 from qprune.commands import shared
 
 
-def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
-    """Write report.html of a run folder, finished or not."""
-    from qprune.report import write_report
+def report(folder: Annotated[Path, typer.Argument(help="The folder of a search, a study or a comparison.")]) -> None:
+    """Write report.html of a folder: of a search, finished or not, a study or a comparison."""
+    from qprune.reporting import write_report
 
     shared.console.print(f"Report: {write_report(folder)}")

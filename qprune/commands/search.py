@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -11,10 +9,8 @@ import typer
 
 from qprune.commands import shared
 from qprune.commands.given import Given, show
-from qprune.console import Bars, result_table
-
-REPEATED = 5.0
-"""Seconds within which a signal is the one before, which a terminal and torchrun both send to every process."""
+from qprune.commands.resumable import agreed, watched
+from qprune.console import result_table
 
 
 def search(
@@ -54,55 +50,35 @@ def search(
     amp: shared.Amp = "",
     channels_last: shared.ChannelsLast = True,
     compile: shared.Compile = False,
-    tf32: Annotated[
-        bool | None, typer.Option("--tf32/--no-tf32", help="Tensor cores for float32 on GPUs. Default: convolutions only.")
-    ] = None,
+    tf32: shared.Tf32 = None,
     cuda_graph: Annotated[bool, typer.Option("--cuda-graph", help="Replay the steps of the search as CUDA graphs.")] = False,
-    accumulate: Annotated[int, typer.Option(help="Parts of a batch, one after the other, for one update: the memory of a part.")] = 1,
-    sync_bn: Annotated[bool, typer.Option("--sync-bn", help="Under torchrun: batch statistics of all processes together (GPUs).")] = False,
+    accumulate: shared.Accumulate = 1,
+    sync_bn: shared.SyncBn = False,
     threads: shared.Threads = 0,
     overwrite: shared.Overwrite = False,
     resume: shared.Resume = False,
     checkpoint_minutes: shared.CheckpointMinutes = 10.0,
     keep: shared.Keep = 3,
-    rank_timeout: Annotated[float, typer.Option(help="Under torchrun: minutes that a process waits for the others.")] = 10.0,
+    rank_timeout: shared.RankTimeout = 10.0,
     onnx: Annotated[bool, typer.Option("--onnx/--no-onnx", help="Write model.onnx at the end.")] = True,
 ) -> None:
     """Train a float network, search its bits within a budget, fine-tune, and compare with the uniform network of at least that cost."""
     from qprune import seeds as repeated
     from qprune.config import comparable
-    from qprune.experiment import Watcher
     from qprune.exporting import add_onnx
     from qprune.options import RunOptions
     from qprune.ranks import joined
-    from qprune.resume.folder import CHANGEABLE, RESULT, check_same, stored_options
-    from qprune.resume.signals import Stop
-    from qprune.watch import TENSORBOARD, Several, TensorBoard, has_tensorboard
 
     shared.set_threads(threads)
     with joined(rank_timeout) as ranks:
-        given = Given(context, RunOptions, "a run")
-        began = ranks.from_main(stored_options, out) if resume else None
-        if began is not None:
-            ranks.from_main(check_same, began, out, comparable(began, given.set), threads)
-        changed = {name: value for name, value in given.set.items() if name in CHANGEABLE}
-        options = given.options() if began is None else replace(began, **changed)
-        ranks.agree("configuration", str(options.as_dict()))
+        options = agreed(Given(context, RunOptions, "a run"), context, ranks, comparable)
         if print_config:
             if ranks.main:
                 show(options)
             return
-        if ranks.main and began is not None and (out / RESULT).exists():
-            shared.console.print(f"{out} holds a finished run.")
-        stop = Stop(patience=0.0 if ranks.alone else REPEATED)
-        bars = Bars(shared.console, options.seeds, options.batch_size) if ranks.main else nullcontext()
-        with stop.listening(), bars as drawn:
-            watchers: list[Watcher] = [] if drawn is None else [drawn]
-            if ranks.main and has_tensorboard():
-                watchers.append(TensorBoard(out / TENSORBOARD))
+        with watched(out, options.seeds, options.batch_size, ranks) as (watcher, stop):
             result = repeated.run(
-                options, out, Several(watchers), overwrite,
-                resume=resume, minutes=checkpoint_minutes, keep=keep, stop=stop, ranks=ranks,
+                options, out, watcher, overwrite, resume=resume, minutes=checkpoint_minutes, keep=keep, stop=stop, ranks=ranks,
             )  # fmt: skip
     if ranks.main:
         if onnx:

@@ -38,11 +38,15 @@ Amp = Annotated[str, typer.Option(help="bf16 or fp16: train in mixed precision. 
 ChannelsLast = Annotated[bool, typer.Option("--channels-last/--no-channels-last", help="Layout of images and weights.")]
 Compile = Annotated[bool, typer.Option("--compile", help="Train through torch.compile.")]
 Deterministic = Annotated[bool, typer.Option("--deterministic", help="The same seed gives the same bits again on one device.")]
+Tf32 = Annotated[bool | None, typer.Option("--tf32/--no-tf32", help="Tensor cores for float32 on GPUs. Default: convolutions only.")]
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on with the run in the folder, with the options it began with; begin it if there is none.")
 ]
 CheckpointMinutes = Annotated[float, typer.Option(help="Minutes between checkpoints; 0 = only at the end of epochs.")]
 Keep = Annotated[int, typer.Option(help="How many checkpoints to keep.")]
+Accumulate = Annotated[int, typer.Option(help="Parts of a batch, one after the other, for one update: the memory of a part.")]
+SyncBn = Annotated[bool, typer.Option("--sync-bn", help="Under torchrun: batch statistics of all processes together (GPUs).")]
+RankTimeout = Annotated[float, typer.Option(help="Under torchrun: minutes that a process waits for the others.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="Options by the names that --print-config shows; they count before the file's.", metavar="KEY=VALUE"),

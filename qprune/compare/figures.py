@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from qprune.compare.summary import REFERENCE
-from qprune.drawing import SERIES, WIDTH, nothing, styled
+from qprune.drawing import SERIES, WIDTH, at_most_100, nothing, styled
 
 _ROW = 0.27  # inches per method
 _MANY = 3  # panels side by side
@@ -49,5 +49,6 @@ def _panel(axis: Any, rows: list[Mapping[str, Any]], methods: list[str], floats:
             axis.axvline(100 * accuracy["mean"], color=color, linestyle=(0, (5, 3)), linewidth=1.1)
     if floats is not None:
         axis.axvline(100 * floats["test_accuracy"]["mean"], color=SERIES["float"], linestyle=(0, (1, 2)), linewidth=1.3)
+    at_most_100(axis, "x")
     axis.grid(True, axis="x", linewidth=0.6)
     axis.set_axisbelow(True)

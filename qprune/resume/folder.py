@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from qprune.config import checked
+from qprune.config import RUN, Form, Options, checked
 from qprune.errors import CheckpointError
 from qprune.files import write_atomically
 from qprune.options import OptionError, RunOptions
@@ -55,20 +55,26 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def stored_options(folder: Path) -> RunOptions | None:
-    """The options of the run that the folder holds; None if none was begun. Raises CheckpointError for a damaged file or the options of
-    another version."""
+    """The options of the run that the folder holds; None if none was begun. Raises CheckpointError as `options_in`."""
+    found: RunOptions | None = options_in(folder, RUN)
+    return found
+
+
+def options_in(folder: Path, form: Form) -> Any:
+    """The options, of the form's kind, that work in the folder began with; None if none was begun. Raises CheckpointError for a damaged
+    file, and for the options of another version or another command."""
     path = folder / OPTIONS
     if not path.exists():
         return None
     try:
-        return RunOptions(**checked(read_mapping(path)))
+        return form.kind(**checked(read_mapping(path), form=form))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged, or of another version ({' '.join(str(error).split())})") from None
+        raise CheckpointError(f"{path} is damaged, or of another version or command ({' '.join(str(error).split())})") from None
 
 
-def check_same(stored: RunOptions, folder: Path, given: Mapping[str, Any], threads: int = 0) -> None:
-    """Raise OptionError unless every option that is given is what the run in the folder began with, or may change. given: by the names of
-    RunOptions; threads: 0 if they are not given."""
+def check_same(stored: Options, folder: Path, given: Mapping[str, Any], threads: int = 0) -> None:
+    """Raise OptionError unless every option that is given is what the run in the folder began with, or may change. given: by their
+    names; threads: 0 if they are not given."""
     began = stored.as_dict()
     pairs = {name: (_plain(began[name]), _plain(value)) for name, value in given.items()}
     if threads:
@@ -80,13 +86,13 @@ def check_same(stored: RunOptions, folder: Path, given: Mapping[str, Any], threa
             )
 
 
-def begin(folder: Path, options: RunOptions, environment: Mapping[str, str]) -> None:
+def begin(folder: Path, options: Options, environment: Mapping[str, str]) -> None:
     """Record what a run is about to do."""
     write_atomically(folder / ENVIRONMENT, json.dumps(environment, indent=1).encode())
     record_options(folder, options)
 
 
-def record_options(folder: Path, options: RunOptions) -> None:
+def record_options(folder: Path, options: Options) -> None:
     write_atomically(folder / OPTIONS, dumped(options.as_dict()))
 
 

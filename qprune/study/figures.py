@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from qprune.drawing import SERIES, THEME, WIDTH, nothing, styled
+from qprune.drawing import SERIES, THEME, WIDTH, at_most_100, nothing, styled
 from qprune.result import si
 
 Row = Mapping[str, Any]
@@ -37,6 +37,7 @@ def accuracy_cost(result: Mapping[str, Any]) -> Figure:
         low, high = ([m + sign * h for m, h in zip(means, halves)] for sign in (-1, 1))
         axis.fill_between(costs, low, high, color=_HOMOGENEOUS, alpha=0.15, linewidth=0)
     axis.set(xlabel=f"{result['measure']} per sample", ylabel="test accuracy (%)")
+    at_most_100(axis)
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: si(value, digits=4)))
     axis.grid(True, axis="y", linewidth=0.6)
     axis.set_axisbelow(True)
