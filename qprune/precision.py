@@ -65,9 +65,7 @@ def check(switches: Switches, ranks: Ranks = ALONE) -> torch.device:
     """The device. Raises BackendError if it is not there, or if it, or the ranks together, cannot do what is asked for."""
     device = device_of(switches.device)
     if switches.sync_bn and device.type != "cuda":
-        raise BackendError(
-            f"sync_bn: torch synchronises batch statistics on CUDA GPUs only, and the run computes on {device}; leave it out"
-        )
+        raise BackendError(f"sync_bn: torch synchronises normalisations on CUDA GPUs only, and the run computes on {device}; leave it out")
     if not ranks.alone:
         if switches.batch_size % ranks.count:
             raise BackendError(

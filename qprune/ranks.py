@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from qprune.kernels import QPruneError
 
 T = TypeVar("T")
+_PATIENCE = 5.0
+"""Seconds that a rank with an error waits for the others to have one."""
 _WRAPPER = "DistributedDataParallel"
 
 
@@ -190,11 +192,30 @@ def joined(minutes: float = 10.0) -> Iterator[Ranks]:
             torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl"
     torch.distributed.init_process_group(backend, timeout=timedelta(minutes=minutes))
+    ranks = current()
     try:
-        yield current()
+        yield ranks
+        _leave(ranks, minutes * 60)
+    except RankError:
+        raise
+    except BaseException:
+        _leave(ranks, _PATIENCE)
+        raise
     finally:
         gc.collect()  # wrappers hold the group, and with it threads, in reference cycles
         torch.distributed.destroy_process_group()
+
+
+def _leave(ranks: Ranks, seconds: float) -> None:
+    """Wait until all ranks have come here: a connection that is closed spoils what another one is about to finish."""
+    store, wait = torch.distributed.distributed_c10d._get_default_store(), timedelta(seconds=seconds)
+    try:
+        store.set(f"qprune/left/{ranks.rank}", "")
+        store.wait([f"qprune/left/{rank}" for rank in range(ranks.count)] if ranks.main else ["qprune/left/all"], wait)
+        if ranks.main:
+            store.set("qprune/left/all", "")
+    except RuntimeError:
+        pass  # too late, or rank 0, which may keep the store, is gone
 
 
 def is_lost(error: BaseException) -> bool:
