@@ -46,6 +46,7 @@ class Bars:
             TextColumn("{task.description}"), BarColumn(bar_width=10), MofNCompleteColumn(), TextColumn("{task.fields[values]}"),
             Rate(batch_size),
             TimeRemainingColumn(compact=True, elapsed_when_finished=True), console=console,
+            refresh_per_second=4,
         )  # fmt: skip
         self.task: TaskID | None = None
         self.values: dict[str, str] = {}
