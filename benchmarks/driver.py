@@ -150,7 +150,7 @@ class Starts:
         self.over()
 
 
-def bare_float(net: nn.Module, lr: float) -> BareStep:
+def bare_float(net: nn.Module, lr: float, autocast: torch.dtype | None = None) -> BareStep:
     """Forward, backward, SGD, as a tutorial writes it."""
     decayed, plain, _ = train.parameter_groups(net.train())
     groups = [{"params": decayed, "weight_decay": 5e-4}, {"params": plain, "weight_decay": 0.0}]
@@ -158,7 +158,9 @@ def bare_float(net: nn.Module, lr: float) -> BareStep:
 
     def step(x: Tensor, y: Tensor) -> None:
         optimizer.zero_grad()
-        F.cross_entropy(net(x), y).backward()
+        with torch.autocast(x.device.type, dtype=autocast, enabled=autocast is not None):
+            loss = F.cross_entropy(net(x), y)
+        loss.backward()
         optimizer.step()
 
     return step

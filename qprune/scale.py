@@ -50,9 +50,11 @@ class StepCost:
 
     @classmethod
     def through(cls, few: tuple[int, float], many: tuple[int, float]) -> StepCost:
-        """From the seconds of steps with two numbers of images."""
-        slope = (many[1] - few[1]) / (many[0] - few[0])
-        return cls(max(few[1] - slope * few[0], 0.0), slope)
+        """From the images and seconds of two steps: exact for the larger one, and neither share is negative."""
+        if few[0] == many[0]:
+            return cls(0.0, many[1] / many[0])
+        slope = min(max((many[1] - few[1]) / (many[0] - few[0]), 0.0), many[1] / many[0])
+        return cls(many[1] - slope * many[0], slope)
 
     def seconds(self, images: float) -> float:
         return self.fixed + self.per_image * images
@@ -201,8 +203,7 @@ class Size:
     adam       trained by Adam: gates of all candidates, ranges of quantizers
     buffers    statistics of normalisations and the like
     mixed      weights of layers with candidates, whose mixture the step keeps
-    kept       bytes of activations per image that wait for the backward pass
-    transient  bytes per image of the largest layer's input and output, whose gradients are there in the backward pass
+    kept       bytes per image at the peak of a step: activations that wait for the backward pass, the gradients of some, scratch memory
     image      bytes of an image
     """
 
@@ -211,7 +212,6 @@ class Size:
     buffers: int = 0
     mixed: int = 0
     kept: float = 0.0
-    transient: float = 0.0
     image: float = 0.0
 
 
@@ -227,7 +227,7 @@ def memory(size: Size, images: float, ranks: int = 1, item: int = NUMBER) -> dic
         "gradients": NUMBER * trained * (2 if ranks > 1 else 1),
         "optimizer": NUMBER * (size.weights + 2 * size.adam),
         "mixed weights": item * size.mixed,
-        "activations": (size.kept + size.transient) * images,
+        "activations": size.kept * images,
         "batches": 3 * size.image * images,
     }
     return {name: float(value) for name, value in found.items()}
