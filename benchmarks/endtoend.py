@@ -1,17 +1,21 @@
 """`qprune bench --end-to-end`: the parts of a run, what they predict for a whole one, and what that takes.
 
-Parts are measured one by one on noise of the given size (benchmarks/parts.py), and qprune/scale.py predicts time and memory from them. Then a
+Parts are measured one by one on noise of the given size (benchmarks/parts.py); qprune/scale.py predicts time and memory from them. Then a
 whole run is made: float training, search, fine-tuning, uniform baseline, with evaluations and checkpoints. Under torchrun all ranks do
 this together. Nothing is learnt from the noise; the numbers are about time and memory.
+
+On a CPU memory is that of a second, short run in which freed memory goes back to the system at once. Otherwise glibc keeps much of it, and
+how much more than its tensors a process holds is a matter of chance.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +30,15 @@ from qprune.options import RunOptions
 from qprune.precision import AMP, device_of, switched
 from qprune.ranks import Ranks
 from qprune.resume.checkpoints import Checkpoints
-from qprune.scale import Plan
+from qprune.scale import Parts, Plan
 from qprune.tasks.sources import task_of
+from qprune.tasks.task import Task
 from qprune.usage import Usage
 from qprune.watch import Several
 
-from . import machine, parts
+from . import allreduce, machine, parts
 from . import table as tables
-from .parts import EVALUATED, PHASES, Measured
+from .parts import EVALUATED, PHASES, Memory, Rounds, Subject
 
 TRAINED = {"float": "float epochs", "search": "search", "finetune": "fine-tuning", "uniform": "uniform baseline"}
 
@@ -89,14 +94,12 @@ def plan_of(options: RunOptions, who: Ranks) -> Plan:
     return Plan(images["train"], options.batch_size, epochs, images["val"], who.count)
 
 
-def memory_of(measured: Measured, options: RunOptions, who: Ranks, phase: str) -> float:
+def added(memory: Memory, options: RunOptions, who: Ranks, phase: str) -> float:
     """Bytes that training of a phase adds to what is there when it begins: the model is. An evaluation may take more than a step."""
     name = PHASES[phase]
-    item = 2 if AMP[options.amp] else 4
-    found = scale.memory(measured.sizes[name], options.batch_size / who.count, who.count, item)
+    found = scale.memory(memory.sizes[name], options.batch_size / who.count, who.count, 2 if AMP[options.amp] else 4)
     step = sum(size for part, size in found.items() if part != "weights")
-    kept = found["gradients"] + found["optimizer"]
-    return max(step, kept + measured.evaluated[name] * EVALUATED)
+    return max(step, found["gradients"] + found["optimizer"] + memory.evaluated[name] * EVALUATED)
 
 
 class _Quiet:
@@ -110,7 +113,7 @@ class _Quiet:
         """Nothing."""
 
 
-def whole(options: RunOptions, folder: Path) -> tuple[float, dict[str, Usage]]:
+def whole(options: RunOptions, task: Task, folder: Path) -> tuple[float, dict[str, Usage]]:
     """Seconds of a run, and what its phases took."""
     started = time.perf_counter()
     experiment = Experiment(
@@ -120,49 +123,69 @@ def whole(options: RunOptions, folder: Path) -> tuple[float, dict[str, Usage]]:
     return time.perf_counter() - started, experiment.meter.phases
 
 
-def measure(request: Request, who: Ranks, folder: Path) -> tuple[Measured, list[Line]]:
+@dataclass(frozen=True)
+class Found:
+    """All that was measured."""
+
+    parts: Parts
+    memory: Memory
+    rounds: Rounds
+    lines: list[Line]
+
+
+def measure(request: Request, who: Ranks, folder: Path) -> Found:
+    """Parts, half of the rounds before the run and half after it, so that a machine that becomes slower does for both; the run; memory."""
     options = request.options()
-    plan = plan_of(options, who)
+    task, rounds = task_of(options), Rounds()
+    subject = Subject(options, task, who)
+    (folder / "whole").mkdir(parents=True)
+    half = math.ceil(request.rounds / 2)
     with switched(options):
-        measured = parts.measure(options, task_of(options), who, folder / "parts", request.rounds)
-    place = folder / f"rank-{who.rank}"
-    place.mkdir(parents=True, exist_ok=True)
-    seconds, phases = whole(options, place)
-    predicted = scale.run(measured.parts, plan)
-    lines = [
-        Line(TRAINED[name], "s", predicted[name], phases[name].seconds, plan.epochs[name] * plan.steps)
-        for name in TRAINED
-        if name in phases
-    ]
+        parts.time_all(subject, rounds, half, folder)
+    seconds, phases = whole(options, task, folder / "whole")
+    with switched(options):
+        parts.time_all(subject, rounds, half, folder)
+        link = allreduce.measure(who, subject.device)
+        if subject.device.type == "cpu":
+            parts.give_back_at_once()
+        memory = parts.memory_of(subject)
+    found = parts.parts_of(subject, rounds, link)
+    plan = plan_of(options, who)
+    predicted = scale.run(found, plan)
+    lines = [Line(TRAINED[name], "s", predicted[name], phases[name].seconds, plan.epochs[name] * plan.steps) for name in phases]
     lines.append(Line("all else", "s", predicted["once"], seconds - sum(usage.seconds for usage in phases.values())))
     lines.append(Line("total", "s", predicted["total"], seconds))
+    if subject.device.type == "cpu":
+        (folder / "short").mkdir()
+        short = replace(request, steps=2, epochs=1).options()
+        _, phases = whole(short, task_of(short), folder / "short")
     for name, usage in phases.items():
         if usage.before:
-            lines.append(Line(f"memory, {TRAINED[name]}", "B", memory_of(measured, options, who, name), usage.memory - usage.before))
-    return measured, lines
+            lines.append(Line(f"memory of {TRAINED[name]}", "B", added(memory, options, who, name), usage.memory - usage.before))
+    return Found(found, memory, rounds, lines)
 
 
-def table_of_parts(measured: Measured, options: RunOptions, who: Ranks) -> Table:
+def table_of_parts(found: Found, options: RunOptions, who: Ranks) -> Table:
     """What was measured alone."""
-    found, images = measured.parts, options.batch_size // who.count
+    parts, images = found.parts, options.batch_size // who.count
     table = Table(title="parts", title_justify="left")
     for column in ("part", "measured"):
         table.add_column(column, justify="left" if column == "part" else "right")
     for phase, name in (("float", "float"), ("search", "search"), ("finetune", "fixed bits")):
-        seconds = found.step[phase].seconds(images)
+        seconds = parts.step[phase].seconds(images)
         table.add_row(f"step, {name}, {images} images", f"{seconds * 1e3:.1f} ms, {images / seconds:,.0f} images/s")
     table.add_row(
-        "driver, a step", f"{found.driver * 1e3:.2f} ms, {found.driver / found.step['float'].seconds(images):.1%} of the float step"
+        "driver, a step", f"{parts.driver * 1e3:.2f} ms, {parts.driver / parts.step['float'].seconds(images):.1%} of the float step"
     )
-    table.add_row("loader alone", f"{1 / found.loading:,.0f} images/s" if found.loading else "")
+    table.add_row("loader alone", f"{1 / parts.loading:,.0f} images/s" if parts.loading else "")
     for phase, name in (("float", "float"), ("search", "search"), ("finetune", "fixed bits")):
-        table.add_row(f"evaluation, {name}", f"{1 / found.evaluation[phase]:,.0f} images/s")
-        table.add_row(f"checkpoint, {name}", f"{found.checkpoint[phase] * 1e3:.0f} ms")
+        table.add_row(f"evaluation, {name}", f"{1 / parts.evaluation[phase]:,.0f} images/s")
+        table.add_row(f"checkpoint, {name}", f"{parts.checkpoint[phase] * 1e3:.0f} ms")
     for phase in ("float", "search"):
-        size = measured.sizes[PHASES[phase]]
-        table.add_row(f"activations kept, {phase}", f"{size.kept / 1e6:.2f} MB an image")
+        size = found.memory.sizes[PHASES[phase]]
+        table.add_row(f"memory of an image, {phase}", f"{size.kept / 1e6:.2f} MB")
     if not who.alone:
-        link = found.link
+        link = parts.link
         table.add_row(f"sum over {who.count} ranks", f"{link.bandwidth / 1e9:.2f} GB/s, latency {link.latency * 1e6:.0f} µs")
     return table
 
@@ -186,16 +209,18 @@ def run(request: Request, out: Path | None, told: Callable[[Any], object] | None
         options = request.options()
         kind = device_of(options.device).type
         described = machine.describe(kind) | {"ranks": who.count}
-        measured, lines = measure(request, who, Path(place))
+        found = measure(request, who, Path(place))
         if not who.main:
             return 0
         told(machine.headline(described) + (f", {who.count} ranks" if not who.alone else ""))
         told(f"{request.model}, {request.image_size} x {request.image_size}, batch {request.batch}, {request.method}")
-        told(table_of_parts(measured, options, who))
-        told(table_of_lines(lines))
+        told(table_of_parts(found, options, who))
+        told(table_of_lines(found.lines))
         if out is not None:
-            rows = [{**asdict(line), "error": line.error} for line in lines]
-            tables.write_json(out, rows, described, command, request=asdict(request), parts=parts.as_dict(measured))
+            rows = [{**asdict(line), "error": line.error} for line in found.lines]
+            tables.write_json(
+                out, rows, described, command, request=asdict(request), parts=parts.as_dict(found.parts, found.memory, found.rounds)
+            )
     return 0
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,80 +25,72 @@ from qprune.ranks import Ranks
 from qprune.recipes import recipe_for
 from qprune.resume.checkpoints import Checkpoints
 from qprune.resume.phase import Phase
-from qprune.scale import Parts, Size, StepCost
+from qprune.scale import Link, Parts, Size, StepCost
 from qprune.search.driver import METHODS, Search
 from qprune.tasks.sources import network_of
 from qprune.tasks.task import Task
 from qprune.tasks.train import Trainer, evaluate
 from qprune.usage import Meter
 
-from . import allreduce
 from .driver import bare_float
 from .measure import alternate
 
+NETWORKS = ("float", "search", "fixed")
 PHASES = {"float": "float", "search": "search", "finetune": "fixed", "uniform": "fixed"}
 """Phase of a run → the network that is trained in it."""
 EVALUATED = 256
 """Images at once in an evaluation of a run."""
-CALIBRATED = DRIVEN = 4
+DRIVEN = 4
+"""Steps of a run that are timed together."""
 
 
-@dataclass
-class Stopwatch:
-    """Seconds of what happens once, by name."""
+class Rounds:
+    """Seconds of everything that was timed, by name."""
 
-    seconds: dict[str, float] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self.seconds: dict[str, list[float]] = defaultdict(list)
 
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
+    def of(self, name: str, function: Callable[[], Any]) -> Any:
+        """Call, and note how long that takes."""
         started = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - started
+        result = function()
+        self.seconds[name].append(time.perf_counter() - started)
+        return result
 
-
-@dataclass(frozen=True)
-class Measured:
-    """parts: for qprune.scale; sizes: by network; evaluated: bytes per image of an evaluation, by network; once: seconds by name; rounds:
-    seconds of every call that was timed, by name."""
-
-    parts: Parts
-    sizes: dict[str, Size]
-    evaluated: dict[str, float]
-    once: dict[str, float]
-    rounds: dict[str, list[float]]
+    def median(self, name: str) -> float:
+        return statistics.median(self.seconds[name])
 
 
 class Subject:
-    """The three networks of a run of these options, and what trains them, on one rank and without the others."""
+    """The three networks of a run of these options and what trains them, on one rank and without the others."""
 
     def __init__(self, options: RunOptions, task: Task, who: Ranks) -> None:
         self.options, self.device, self.who = options, device_of(options.device), who
         self.task = task.to(self.device)
-        self.watch = Stopwatch()
-        example = self.task.example()
+        self.count = options.batch_size // who.count
+        self.few = max(1, self.count // 2)
+
+    def make(self, rounds: Rounds) -> None:
+        """The networks anew, as a run makes them."""
+        options = self.options
         torch.manual_seed(options.seed)
-        net = network_of(options, self.task).to(self.device)
+        self.net = rounds.of("once: network", lambda: network_of(options, self.task).to(self.device))
         if not options.channels_last:
-            net.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-        recipe = recipe_for(options, example)
-        batches = [self.images(options.batch_size // who.count)[0]] * CALIBRATED
-        with self.watch("check"):
-            recipe.check(net)
-        with self.watch("prepare"):
-            mixed = recipe.prepare(net, batches)
+            self.net.to(memory_format=torch.contiguous_format)
+        recipe = recipe_for(options, self.task.example())
+        self.batches = [self.images(self.count)[0]] * 4
+        rounds.of("once: check", lambda: recipe.check(self.net))
+        mixed = rounds.of("once: prepare", lambda: recipe.prepare(self.net, self.batches))
         self.search = Search(
-            mixed, Budget.parse(options.budget), options.method, steps=1000, weight_lr=options.search_lr, arch_lr=options.arch_lr,
+            mixed, Budget.parse(options.budget), options.method, steps=10**6, weight_lr=1e-4, arch_lr=1e-4,
             convention=options.convention, autocast=AMP[options.amp], cuda_graph=options.cuda_graph, **options.of_search(),
         )  # fmt: skip
-        with self.watch("uniform"):
-            _, fixed = recipe.uniform(net, self.search, batches)
-        self.finish = lambda: recipe.finish(self.search, self.search.policy(), batches)
-        self.networks = {"float": net, "search": mixed, "fixed": fixed}
+        fixed = rounds.of("once: uniform", lambda: recipe.uniform(self.net, self.search, self.batches))[1]
+        self.recipe, self.networks = recipe, {"float": self.net, "search": mixed, "fixed": fixed}
 
     def images(self, count: int) -> tuple[Tensor, Tensor]:
         """A batch, on the device."""
-        generator = torch.Generator().manual_seed(0)
-        task = self.task
+        generator, task = torch.Generator().manual_seed(0), self.task
         x = torch.randn(count, task.in_channels, task.image_size, task.image_size, generator=generator).to(self.device)
         y = torch.randint(task.num_classes, (count,), generator=generator).to(self.device)
         return laid_out(x, self.options.channels_last), y
@@ -104,140 +98,143 @@ class Subject:
     def step(self, name: str, count: int) -> Callable[[], object]:
         """A step of one of the networks on so many images, which are there."""
         x, y = self.images(count)
-        autocast = AMP[self.options.amp]
-        if name == "search":
-            other = (x, y) if METHODS[self.options.method].two_streams else ()
+        if name != "search":
+            bare = bare_float(self.networks[name], 1e-4, AMP[self.options.amp])
+            return lambda: bare(x, y)
+        other = (x, y) if METHODS[self.options.method].two_streams else ()
 
-            def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-                return F.cross_entropy(model(x), y)
+        def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+            return F.cross_entropy(model(x), y)
 
-            return lambda: self.search.step(loss, loss if other else None, (x, y), other)
-        bare = bare_float(self.networks[name], 1e-4, autocast)
-        return lambda: bare(x, y)
+        return lambda: self.search.step(loss, loss if other else None, (x, y), other)
 
     def driven(self, count: int) -> Callable[[], object]:
         """DRIVEN steps of the float network as a run makes them."""
         batch = self.images(count)
-        trainer = Trainer(self.networks["float"], 1000, lr=1e-4, autocast=AMP[self.options.amp], channels_last=self.options.channels_last)
+        options = self.options
+        trainer = Trainer(self.net, 10**6, lr=1e-4, autocast=AMP[options.amp], channels_last=options.channels_last)
         return lambda: trainer.run_epoch([batch] * DRIVEN)
 
+    def forward_backward(self, name: str, count: int) -> Callable[[], None]:
+        net, autocast = self.networks[name].train(), AMP[self.options.amp]
+        x, y = self.images(count)
 
-def measure(options: RunOptions, task: Task, who: Ranks, folder: Path, rounds: int) -> Measured:
-    """All parts. folder: where checkpoints are written."""
-    subject = Subject(options, task, who)
-    count = options.batch_size // who.count
-    few = max(1, count // 2)
-    functions = {f"{name} {size}": subject.step(name, size) for name in subject.networks for size in {few, count}}
-    timings = alternate({**functions, "driven": subject.driven(count)}, rounds, subject.device.type, least=0.0)
-    with subject.watch("policy"):
-        subject.finish()
-    median = timings.median
-    steps = {name: StepCost.through((few, median(f"{name} {few}")), (count, median(f"{name} {count}"))) for name in subject.networks}
-    bare = timings.rounds[f"float {count}"]
-    driver = statistics.median(a / DRIVEN - b for a, b in zip(timings.rounds["driven"], bare, strict=True))
-    evaluation = {name: _evaluation(subject, net) for name, net in subject.networks.items()}
-    parts = Parts(
+        def run() -> None:
+            with torch.autocast(self.device.type, dtype=autocast, enabled=autocast is not None):
+                loss = F.cross_entropy(net(x), y)
+            loss.backward()
+
+        return run
+
+
+def time_all(subject: Subject, rounds: Rounds, times: int, folder: Path) -> None:
+    """Add a few rounds of every part. folder: where checkpoints are written."""
+    subject.make(rounds)
+    sizes = sorted({subject.few, subject.count})
+    functions = {f"{name} {size}": subject.step(name, size) for name in NETWORKS for size in sizes}
+    timings = alternate({**functions, "driven": subject.driven(subject.count)}, times, subject.device.type, least=0.0)
+    for name, seconds in timings.rounds.items():
+        rounds.seconds[name] += seconds
+    final = rounds.of("once: finish", lambda: subject.recipe.finish(subject.search, subject.search.policy(), subject.batches))
+    del final
+    images = subject.images(EVALUATED)
+    for net in (*NETWORKS, *NETWORKS):
+        rounds.of(f"evaluate {net}", lambda net=net: evaluate(subject.networks[net], [images], channels_last=subject.options.channels_last))
+    for name in NETWORKS:
+        _checkpoints(subject, name, rounds, folder)
+    loader = subject.task.loader("train", subject.options.batch_size, torch.Generator().manual_seed(0), shard=subject.who.shard)
+    for _ in range(2):
+        rounds.of("loading", lambda: [None for _ in loader])
+
+
+def _checkpoints(subject: Subject, name: str, rounds: Rounds, folder: Path) -> None:
+    loop: Any = subject.search if name == "search" else Trainer(subject.networks[name], 1)
+    if name != "search":
+        loop.run_epoch([subject.images(2)])
+    meter = Meter()
+    with meter.phase(name):
+        checkpoints = Checkpoints(folder / name)
+        checkpoints.clear()
+        phase = Phase(name, subject.networks[name], loop, torch.Generator(), meter, folder, checkpoints)
+        for number in range(3):
+            checkpoints.steps = number + 1
+            rounds.of(f"checkpoint {name}", phase.epoch)
+
+
+def parts_of(subject: Subject, rounds: Rounds, link: Link) -> Parts:
+    """Medians, for qprune.scale."""
+    few, count, median = subject.few, subject.count, rounds.median
+    steps = {name: StepCost.through((few, median(f"{name} {few}")), (count, median(f"{name} {count}"))) for name in NETWORKS}
+    pairs = zip(rounds.seconds["driven"], rounds.seconds[f"float {count}"], strict=True)
+    images = len(subject.task.train) / subject.who.count
+    evaluation = {name: median(f"evaluate {name}") / EVALUATED for name in NETWORKS}
+    tested = len(subject.task.val) + len(subject.task.test)
+    return Parts(
         step={phase: steps[name] for phase, name in PHASES.items()},
         evaluation={phase: evaluation[name] for phase, name in PHASES.items()},
         gradients={phase: 4.0 * _trained(subject.networks[name]) for phase, name in PHASES.items()},
-        checkpoint=_checkpoints(subject, folder),
-        loading=_loading(subject, who),
-        driver=max(driver, 0.0),
-        link=allreduce.measure(who, subject.device),
-        once=sum(subject.watch.seconds.values()),
+        checkpoint={phase: median(f"checkpoint {name}") for phase, name in PHASES.items()},
+        loading=median("loading") / images,
+        driver=max(statistics.median(several / DRIVEN - bare for several, bare in pairs), 0.0),
+        link=link,
+        agreements=1,
+        once=sum(median(name) for name in rounds.seconds if name.startswith("once: "))
+        + tested * (evaluation["float"] + 2 * evaluation["fixed"]),
     )
-    sizes = {name: size(subject, name, count) for name in subject.networks}
-    shown = {name: evaluated(subject, net) for name, net in subject.networks.items()}
-    return Measured(parts, sizes, shown, subject.watch.seconds, timings.rounds)
 
 
 def _trained(net: nn.Module) -> int:
     return sum(p.numel() for p in net.parameters() if p.requires_grad)
 
 
-def _evaluation(subject: Subject, net: nn.Module) -> float:
-    """Seconds per image."""
-    batch = subject.images(min(EVALUATED, len(subject.task.val)))
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        evaluate(net, [batch], channels_last=subject.options.channels_last)
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds) / len(batch[1])
+@dataclass(frozen=True)
+class Memory:
+    """sizes: for qprune.scale, by network; evaluated: bytes per image that an evaluation takes at most, by network."""
+
+    sizes: dict[str, Size]
+    evaluated: dict[str, float]
 
 
-def _checkpoints(subject: Subject, folder: Path) -> dict[str, float]:
-    """Seconds of a checkpoint of every phase, on the first rank, for which the others wait."""
-    loops: dict[str, Any] = {name: Trainer(net, 1) for name, net in subject.networks.items() if name != "search"}
-    for trainer in loops.values():
-        trainer.run_epoch([subject.images(2)])
-    loops["search"] = subject.search
-    found, meter, generator = {}, Meter(), torch.Generator()
-    for name, loop in loops.items():
-        checkpoints = Checkpoints(folder / name)
-        with meter.phase(name):
-            phase = Phase(name, subject.networks[name], loop, generator, meter, folder, checkpoints)
-            seconds = []
-            for number in range(3):
-                checkpoints.steps = number + 1
-                started = time.perf_counter()
-                phase.epoch()
-                seconds.append(time.perf_counter() - started)
-        found[name] = statistics.median(seconds)
-    return {phase: found[name] for phase, name in PHASES.items()}
+def memory_of(subject: Subject) -> Memory:
+    """Bytes per image from a forward and backward pass of half of the images, and an evaluation of a quarter of those of a run."""
+    sizes, evaluated = {}, {}
+    shown, channels_last = [subject.images(EVALUATED // 4)], subject.options.channels_last
+    item = 2 if AMP[subject.options.amp] is not None else 4
+    for name, net in subject.networks.items():
+        adam = sum(p.numel() for p in {*arch_parameters(net), *quantizer_parameters(net)})
+        # quantizers make weights once for the whole batch, which the convolutions keep
+        made = sum(m.weight.numel() for m in net.modules() if isinstance(m, QuantizedLayer))
+        net.zero_grad()
+        kept = (most(subject.forward_backward(name, subject.few), net) - 4 * _trained(net) - item * made) / subject.few
+        buffers = sum(b.numel() for b in net.buffers())
+        image = float(subject.images(1)[0].nbytes)
+        sizes[name] = Size(_trained(net) - adam, adam, buffers, made, max(kept, 0.0), image)
+        evaluated[name] = most(lambda net=net: evaluate(net, shown, channels_last=channels_last), net) / (EVALUATED // 4)
+    return Memory(sizes, evaluated)
 
 
-def _loading(subject: Subject, who: Ranks) -> float:
-    """Seconds per image of this rank's share of a pass over the training images."""
-    generator = torch.Generator().manual_seed(0)
-    loader = subject.task.loader("train", subject.options.batch_size, generator, shard=who.shard)
-    seconds = []
-    for _ in range(3):
-        started, images = time.perf_counter(), 0
-        for _, y in loader:
-            images += len(y)
-        seconds.append((time.perf_counter() - started) / images)
-    return statistics.median(seconds)
-
-
-def size(subject: Subject, name: str, count: int) -> Size:
-    """What a step of one of the networks keeps; bytes per image from a forward and backward pass of half of the images."""
-    net = subject.networks[name].train()
-    few = max(1, count // 2)
-    x, y = subject.images(few)
-    autocast = AMP[subject.options.amp]
-
-    def run() -> None:
-        with torch.autocast(subject.device.type, dtype=autocast, enabled=autocast is not None):
-            loss = F.cross_entropy(net(x), y)
-        loss.backward()
-
-    adam = sum(p.numel() for p in {*arch_parameters(net), *quantizer_parameters(net)})
-    # quantizers make weights once for the whole batch, which the convolutions keep
-    made = sum(m.weight.numel() for m in net.modules() if isinstance(m, QuantizedLayer))
-    whole = 4 * _trained(net) + (2 if autocast is not None else 4) * made
-    net.zero_grad()
-    kept = max(most(run) - whole, 0) / few
-    net.zero_grad()
-    return Size(_trained(net) - adam, adam, sum(b.numel() for b in net.buffers()), made, kept, float(x[0].nbytes))
-
-
-def evaluated(subject: Subject, net: nn.Module) -> float:
-    """Bytes per image that an evaluation takes at most, from a quarter of the images that a run evaluates at once."""
-    x, y = subject.images(EVALUATED // 4)
-    return most(lambda: evaluate(net, [(x, y)], channels_last=subject.options.channels_last)) / len(y)
-
-
-def most(function: Callable[[], object]) -> int:
-    """Bytes that a call adds at most to what is there before it: allocated on a GPU, resident on a CPU."""
+def most(function: Callable[[], object], net: nn.Module) -> int:
+    """Bytes that a call adds at most to what is there before it, the network without gradients: allocated on a GPU, resident on a CPU."""
     meter = Meter()
     function()
+    net.zero_grad()
     with meter.phase(""):
         function()
+    net.zero_grad()
     return max(meter.phases[""].memory - meter.phases[""].before, 0)
 
 
-def as_dict(measured: Measured) -> dict[str, Any]:
+def give_back_at_once() -> None:
+    """From now on glibc returns tensors of a megabyte and more to the system when they are freed, so that resident memory is what tensors
+    take. This makes steps slow: nothing may be timed afterwards. Elsewhere nothing changes."""
+    if sys.platform == "linux":
+        threshold = -3  # M_MMAP_THRESHOLD
+        ctypes.CDLL(None).mallopt(threshold, 1 << 20)
+
+
+def as_dict(parts: Parts, memory: Memory, rounds: Rounds) -> dict[str, Any]:
     """For JSON."""
-    sizes = {name: asdict(found) for name, found in measured.sizes.items()}
-    return {**asdict(measured.parts), "sizes": sizes, "once by part": measured.once, "rounds": measured.rounds}
+    sizes = {name: {**asdict(size), "evaluated": memory.evaluated[name]} for name, size in memory.sizes.items()}
+    found = asdict(parts)
+    found["link"] = {name: value if value < float("inf") else None for name, value in found["link"].items()}
+    return {**found, "sizes": sizes, "rounds": dict(rounds.seconds)}

@@ -72,8 +72,8 @@ class Parts:
     workers     processes per rank that do so beside the steps; 0: images are made between the steps
     driver      seconds that a step takes on top, for metrics, checks and progress
     link        between the ranks
-    norms       normalisations whose statistics are taken over all ranks: two small sums each, one of them in the backward pass, that
-                nothing overlaps with
+    agreements  sums of a few numbers over the ranks in every step, that nothing overlaps with: whether all losses are finite, and two for
+                every normalisation whose statistics are those of all ranks
     once        seconds of what is no phase
     """
 
@@ -85,7 +85,7 @@ class Parts:
     workers: int = 0
     driver: float = 0.0
     link: Link = field(default_factory=Link)
-    norms: int = 0
+    agreements: int = 0
     once: float = 0.0
 
 
@@ -170,8 +170,8 @@ def step(parts: Parts, plan: Plan, phase: str, images: float | None = None) -> S
     summed = parts.link.all_reduce(size, plan.ranks, calls)
     last = parts.link.all_reduce(size / max(calls, 1), plan.ranks)  # the bucket of the first layers is full when the backward pass ends
     shown = max(summed - cost.backward * computing, last if calls else 0.0)
-    statistics = 2 * parts.norms * parts.link.all_reduce(0, plan.ranks)
-    return StepTime(computing, shown + statistics, parts.driver, parts.loading * images / max(parts.workers, 1), parts.workers > 0)
+    shown += parts.agreements * parts.link.all_reduce(0, plan.ranks)
+    return StepTime(computing, shown, parts.driver, parts.loading * images / max(parts.workers, 1), parts.workers > 0)
 
 
 def phase(parts: Parts, plan: Plan, name: str) -> PhaseTime:
