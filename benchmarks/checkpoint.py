@@ -22,24 +22,18 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
-from qprune.budget import Budget
-from qprune.geometry import weighted_layers
-from qprune.prepare import calibrate, prepare
 from qprune.resume.checkpoints import Checkpoints
 from qprune.resume.phase import Phase
 from qprune.search.driver import Search
-from qprune.space import SearchSpace
 from qprune.tasks.train import Trainer
 from qprune.usage import Meter
 
 from . import machine
 from . import table as tables
+from .operations import network, searching
 from .shapes import NETWORKS
-
-SIDES = {"resnet50": 64}
-"""Of the images, where the network's own size would only take time."""
 
 
 @dataclass(frozen=True)
@@ -54,36 +48,26 @@ class Row:
     load: float
 
 
-def _network(name: str) -> tuple[nn.Module, Tensor]:
-    factory, side = NETWORKS[name]
-    torch.manual_seed(0)
-    return factory(), torch.randn(2, 3, SIDES.get(name, side), SIDES.get(name, side))
-
-
 def _float(name: str) -> tuple[nn.Module, Trainer]:
-    net, x = _network(name)
+    net, x = network(name)
     trainer = Trainer(net, 1)
-    trainer.run_epoch([(x, torch.zeros(2, dtype=torch.int64))])
+    trainer.run_epoch([(x, torch.zeros(len(x), dtype=torch.int64))])
     return net, trainer
 
 
 def _search(name: str) -> tuple[nn.Module, Search]:
-    net, x = _network(name)
-    names = [layer for layer, _ in weighted_layers(net)]
-    edge = SearchSpace.fixed(8, 8)
-    model = prepare(net, SearchSpace((2, 3, 4, 6), (2, 3, 4, 6)), rules={names[0]: edge, names[-1]: edge}, example_inputs=x)
-    calibrate(model, [x])
-    search = Search(model, Budget(bops="w3a3"))
-    search.step(lambda m: F.cross_entropy(m(x), torch.zeros(2, dtype=torch.int64)))
-    return model, search
+    net, x = network(name)
+    search = searching(net, x)
+    search.step(lambda m: F.cross_entropy(m(x), torch.zeros(len(x), dtype=torch.int64)))
+    return search.model, search
 
 
 KINDS: dict[str, Callable[[str], tuple[nn.Module, Any]]] = {"float": _float, "search": _search}
 
 
-def measure(network: str, kind: str, folder: Path, rounds: int) -> Row:
+def measure(name: str, kind: str, folder: Path, rounds: int) -> Row:
     """Save and load in turn."""
-    model, loop = KINDS[kind](network)
+    model, loop = KINDS[kind](name)
     meter, saving, loading, size = Meter(), [], [], 0
     generator = torch.Generator().manual_seed(0)
     with meter.phase(kind):
@@ -104,7 +88,7 @@ def measure(network: str, kind: str, folder: Path, rounds: int) -> Row:
             loading.append(time.perf_counter() - started)
             assert again.steps == number + 1
     parameters = sum(p.numel() for p in model.parameters())
-    return Row(network, kind, parameters, size, statistics.median(saving), statistics.median(loading))
+    return Row(name, kind, parameters, size, statistics.median(saving), statistics.median(loading))
 
 
 def table(rows: Sequence[Row], described: dict[str, Any]) -> Table:

@@ -42,11 +42,13 @@ class StepCost:
     """Seconds of a training step on one device whose batch is there: fixed + per_image · images.
 
     backward  share of it that is the backward pass, during which gradients are summed
+    host      seconds in which the host asks a GPU for all of it; no step takes less
     """
 
     fixed: float
     per_image: float
     backward: float = 2 / 3
+    host: float = 0.0
 
     @classmethod
     def through(cls, few: tuple[int, float], many: tuple[int, float]) -> StepCost:
@@ -57,7 +59,7 @@ class StepCost:
         return cls(many[1] - slope * many[0], slope)
 
     def seconds(self, images: float) -> float:
-        return self.fixed + self.per_image * images
+        return max(self.fixed + self.per_image * images, self.host)
 
 
 @dataclass(frozen=True)
@@ -116,14 +118,20 @@ class Plan:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one step. communication: what the backward pass does not hide of it; loading: of a batch, by a rank's processes;
-    beside: processes of their own do that while steps run."""
+    """Seconds of one step.
+
+    communication  what the backward pass does not hide of it
+    loading        of a batch, by a rank's processes
+    beside         processes of their own do that while steps run
+    launching      the host is slower than the GPU, and computing is its time
+    """
 
     computing: float
     communication: float
     driver: float
     loading: float
     beside: bool
+    launching: bool = False
 
     @property
     def busy(self) -> float:
@@ -140,11 +148,12 @@ class StepTime:
 
     @property
     def dominant(self) -> str:
-        """computing, communication, driver or loading: what takes most of the step, or loading where it sets the pace of all."""
+        """computing, launching, communication, driver or loading: what takes most of the step, or loading where it sets the pace of all."""
         if self.beside and self.waiting > 0:
             return "loading"
         names = ("computing", "communication", "driver", *(() if self.beside else ("loading",)))
-        return max(names, key=lambda name: getattr(self, name))
+        found = max(names, key=lambda name: getattr(self, name))
+        return "launching" if found == "computing" and self.launching else found
 
 
 @dataclass(frozen=True)
@@ -171,7 +180,8 @@ def step(parts: Parts, plan: Plan, phase: str, images: float | None = None) -> S
     last = parts.link.all_reduce(size / max(calls, 1), plan.ranks)  # the bucket of the first layers is full when the backward pass ends
     shown = max(summed - cost.backward * computing, last if calls else 0.0)
     shown += parts.agreements * parts.link.all_reduce(0, plan.ranks)
-    return StepTime(computing, shown, parts.driver, parts.loading * images / max(parts.workers, 1), parts.workers > 0)
+    loading = parts.loading * images / max(parts.workers, 1)
+    return StepTime(computing, shown, parts.driver, loading, parts.workers > 0, 0 < cost.host == computing)
 
 
 def phase(parts: Parts, plan: Plan, name: str) -> PhaseTime:
