@@ -14,7 +14,7 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from rich.table import Table
 
 from qprune import ranks, scale
 from qprune.errors import InputError
+from qprune.experiment import MEASURED as EVALUATED
 from qprune.experiment import Experiment
 from qprune.options import RunOptions
 from qprune.precision import AMP, device_of, switched
@@ -38,7 +39,7 @@ from qprune.watch import Several
 
 from . import allreduce, machine, parts
 from . import table as tables
-from .parts import EVALUATED, PHASES, Memory, Rounds, Subject
+from .parts import PHASES, Memory, Rounds, Subject
 
 TRAINED = {"float": "float epochs", "search": "search", "finetune": "fine-tuning", "uniform": "uniform baseline"}
 
@@ -99,26 +100,14 @@ def added(memory: Memory, options: RunOptions, who: Ranks, phase: str) -> float:
     name = PHASES[phase]
     found = scale.memory(memory.sizes[name], options.batch_size / who.count, who.count, 2 if AMP[options.amp] else 4)
     step = sum(size for part, size in found.items() if part != "weights")
-    return max(step, found["gradients"] + found["optimizer"] + memory.evaluated[name] * EVALUATED)
+    return max(step, found["gradients"] + found["optimizer"] + memory.evaluated[name] * EVALUATED / who.count)
 
 
-class _Quiet:
-    def phase(self, name: str, seed: int, steps: int, done: int = 0) -> None:
-        """Nothing."""
-
-    def step(self, values: Mapping[str, float]) -> None:
-        """Nothing."""
-
-    def epoch(self, values: Mapping[str, Any]) -> None:
-        """Nothing."""
-
-
-def whole(options: RunOptions, task: Task, folder: Path) -> tuple[float, dict[str, Usage]]:
+def whole(options: RunOptions, task: Task, folder: Path, who: Ranks) -> tuple[float, dict[str, Usage]]:
     """Seconds of a run, and what its phases took."""
     started = time.perf_counter()
-    experiment = Experiment(
-        options, task_of(options), options.seed, folder, Several([_Quiet()]), checkpoints=Checkpoints(folder / "states")
-    )
+    checkpoints = Checkpoints(folder / "states", ranks=who)
+    experiment = Experiment(options, task, options.seed, folder, Several([]), checkpoints=checkpoints, ranks=who)
     experiment.run()
     return time.perf_counter() - started, experiment.meter.phases
 
@@ -142,7 +131,7 @@ def measure(request: Request, who: Ranks, folder: Path) -> Found:
     half = math.ceil(request.rounds / 2)
     with switched(options):
         parts.time_all(subject, rounds, half, folder)
-    seconds, phases = whole(options, task, folder / "whole")
+    seconds, phases = whole(options, task, folder / "whole", who)
     with switched(options):
         parts.time_all(subject, rounds, half, folder)
         link = allreduce.measure(who, subject.device)
@@ -158,7 +147,7 @@ def measure(request: Request, who: Ranks, folder: Path) -> Found:
     if subject.device.type == "cpu":
         (folder / "short").mkdir()
         short = replace(request, steps=2, epochs=1).options()
-        _, phases = whole(short, task_of(short), folder / "short")
+        _, phases = whole(short, task_of(short), folder / "short", who)
     for name, usage in phases.items():
         if usage.before:
             lines.append(Line(f"memory of {TRAINED[name]}", "B", added(memory, options, who, name), usage.memory - usage.before))

@@ -17,6 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qprune.budget import Budget
+from qprune.checkpoint import save
+from qprune.experiment import MEASURED as EVALUATED
+from qprune.experiment import Experiment
 from qprune.nn.mixing import QuantizedLayer
 from qprune.options import RunOptions
 from qprune.precision import AMP, device_of, laid_out
@@ -31,6 +34,7 @@ from qprune.tasks.sources import network_of
 from qprune.tasks.task import Task
 from qprune.tasks.train import Trainer, evaluate
 from qprune.usage import Meter
+from qprune.watch import Several
 
 from .driver import bare_float
 from .measure import alternate
@@ -38,8 +42,6 @@ from .measure import alternate
 NETWORKS = ("float", "search", "fixed")
 PHASES = {"float": "float", "search": "search", "finetune": "fixed", "uniform": "fixed"}
 """Phase of a run → the network that is trained in it."""
-EVALUATED = 256
-"""Images at once in an evaluation of a run."""
 DRIVEN = 4
 """Steps of a run that are timed together."""
 
@@ -87,6 +89,13 @@ class Subject:
         )  # fmt: skip
         fixed = rounds.of("once: uniform", lambda: recipe.uniform(self.net, self.search, self.batches))[1]
         self.recipe, self.networks = recipe, {"float": self.net, "search": mixed, "fixed": fixed}
+
+    def measure_and_save(self, final: nn.Module, folder: Path) -> None:
+        """What a run ends with."""
+        experiment = Experiment(self.options, self.task, self.options.seed, folder, Several([]), self.recipe, ranks=self.who)
+        self.who.from_main(save, final, folder / "model.safetensors")
+        for name, net in (("float", self.net), ("searched", final), ("uniform", self.networks["fixed"])):
+            experiment.measure(name, net)
 
     def images(self, count: int) -> tuple[Tensor, Tensor]:
         """A batch, on the device."""
@@ -136,7 +145,8 @@ def time_all(subject: Subject, rounds: Rounds, times: int, folder: Path) -> None
     for name, seconds in timings.rounds.items():
         rounds.seconds[name] += seconds
     final = rounds.of("once: finish", lambda: subject.recipe.finish(subject.search, subject.search.policy(), subject.batches))
-    del final
+    rounds.of("once: end", lambda: subject.measure_and_save(final, folder))
+    rounds.of("once: phases", lambda: [_begin_a_phase() for _ in PHASES])
     images = subject.images(EVALUATED)
     for net in (*NETWORKS, *NETWORKS):
         rounds.of(f"evaluate {net}", lambda net=net: evaluate(subject.networks[net], [images], channels_last=subject.options.channels_last))
@@ -145,6 +155,12 @@ def time_all(subject: Subject, rounds: Rounds, times: int, folder: Path) -> None
     loader = subject.task.loader("train", subject.options.batch_size, torch.Generator().manual_seed(0), shard=subject.who.shard)
     for _ in range(2):
         rounds.of("loading", lambda: [None for _ in loader])
+
+
+def _begin_a_phase() -> None:
+    """Memory that is not used any more is given back, so that a phase is measured alone."""
+    with Meter().phase(""):
+        pass
 
 
 def _checkpoints(subject: Subject, name: str, rounds: Rounds, folder: Path) -> None:
@@ -162,13 +178,16 @@ def _checkpoints(subject: Subject, name: str, rounds: Rounds, folder: Path) -> N
 
 
 def parts_of(subject: Subject, rounds: Rounds, link: Link) -> Parts:
-    """Medians, for qprune.scale."""
-    few, count, median = subject.few, subject.count, rounds.median
+    """Medians, for qprune.scale: of the slowest rank, for which the others wait. All ranks call this."""
+    few, count = subject.few, subject.count
+
+    def median(name: str) -> float:
+        return max(subject.who.gathered(rounds.median(name)))
+
     steps = {name: StepCost.through((few, median(f"{name} {few}")), (count, median(f"{name} {count}"))) for name in NETWORKS}
     pairs = zip(rounds.seconds["driven"], rounds.seconds[f"float {count}"], strict=True)
     images = len(subject.task.train) / subject.who.count
     evaluation = {name: median(f"evaluate {name}") / EVALUATED for name in NETWORKS}
-    tested = len(subject.task.val) + len(subject.task.test)
     return Parts(
         step={phase: steps[name] for phase, name in PHASES.items()},
         evaluation={phase: evaluation[name] for phase, name in PHASES.items()},
@@ -177,9 +196,7 @@ def parts_of(subject: Subject, rounds: Rounds, link: Link) -> Parts:
         loading=median("loading") / images,
         driver=max(statistics.median(several / DRIVEN - bare for several, bare in pairs), 0.0),
         link=link,
-        agreements=1,
-        once=sum(median(name) for name in rounds.seconds if name.startswith("once: "))
-        + tested * (evaluation["float"] + 2 * evaluation["fixed"]),
+        once=sum(median(name) for name in rounds.seconds if name.startswith("once: ")),
     )
 
 

@@ -112,7 +112,6 @@ def parts(ranks: int, given: Assumptions = ASSUMED, slow: bool = False) -> Parts
         loading=1 / given.worker,
         workers=given.workers,
         link=given.link(ranks, slow),
-        agreements=1,
     )
 
 
@@ -163,7 +162,7 @@ def variants(given: Assumptions = ASSUMED) -> str:
             usual,
             replace(usual, workers=4),
             parts(ranks, given, slow=True),
-            replace(usual, agreements=1 + 2 * NORMS),
+            replace(usual, agreements=scale.AGREEMENTS + 2 * NORMS),
             replace(usual, step=recorded),
         )
         found = [scale.step(other, plan(ranks, GLOBAL_BATCH), "search") for other in others]

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 
 BUCKET = 25 << 20
 """Bytes of gradients that DistributedDataParallel sums at once."""
+AGREEMENTS = 3
+"""Small sums and messages in every step of several ranks: are all losses finite, is a checkpoint due or a stop asked for, buffers."""
 NUMBER = 4
 """Bytes of a parameter, of its gradient, and of each number that an optimizer keeps for it."""
 
@@ -74,8 +76,8 @@ class Parts:
     workers     processes per rank that do so beside the steps; 0: images are made between the steps
     driver      seconds that a step takes on top, for metrics, checks and progress
     link        between the ranks
-    agreements  sums of a few numbers over the ranks in every step, that nothing overlaps with: whether all losses are finite, and two for
-                every normalisation whose statistics are those of all ranks
+    agreements  sums of a few numbers over the ranks in every step, that nothing overlaps with; two more for every normalisation whose
+                statistics are those of all ranks
     once        seconds of what is no phase
     """
 
@@ -87,7 +89,7 @@ class Parts:
     workers: int = 0
     driver: float = 0.0
     link: Link = field(default_factory=Link)
-    agreements: int = 0
+    agreements: int = AGREEMENTS
     once: float = 0.0
 
 
