@@ -4,7 +4,7 @@
     python -m benchmarks.scale --write    # and put them into docs/scale.md
 
 Nothing here is measured on a GPU. Steps come from bytes, flops and instructions (benchmarks/steps.py), the model of scale from
-qprune/scale.py, everything else is an assumption named in `Assumptions`, or was measured on a CPU where that is said.
+qprune/scale.py, everything else is an assumption named in scale_assumptions.py, or was measured on a CPU where that is said.
 """
 
 from __future__ import annotations
@@ -12,72 +12,23 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from qprune import scale
-from qprune.scale import Link, Parts, Plan, Size, StepCost
+from qprune.scale import Parts, Plan, Size, StepCost
 
-from . import predict, shapes, steps
+from . import predict, scale_measured, shapes, steps
 from .machine import ROOT
+from .scale_assumptions import ASSUMED, Assumptions, assumptions
 from .table import markdown_table
 
 NETWORK, NORMS, IMAGES, VALIDATION = "resnet50", 53, 1_281_167, 50_000
 RANKS = (1, 2, 4, 8, 16, 32, 64)
-EPOCHS = {"float": 90, "search": 30, "finetune": 60, "uniform": 90}
 NETWORK_OF = {"float": "float", "search": "search", "finetune": "fixed", "uniform": "fixed"}
 GLOBAL_BATCH, RANK_BATCH = 1024, 256
-BEGIN, END = "<!-- tables: python -m benchmarks.scale --write -->", "<!-- end of the tables -->"
 DOCUMENT = ROOT / "docs" / "scale.md"
-
-
-@dataclass(frozen=True)
-class Assumptions:
-    """What the tables rest on besides the roofline.
-
-    slower       a real step takes so many times the roofline's
-    operation    seconds in which the host asks for one operation
-    operations   of a step, by network, counted on a CPU: `python -m benchmarks.operations`
-    nvlink       bytes per second that a GPU sends to others of its node (H200 data sheet: 900 GB/s, both directions together)
-    network      bytes per second that a node sends: eight adapters of 400 Gb/s
-    ethernet     the same with one adapter of 100 Gb/s for the node
-    reached      share of these that sums reach
-    latency      seconds of a sum of a few numbers between two GPUs
-    node         GPUs of a node
-    memory       bytes of a GPU (H200 data sheet: 141 GB); usable: share of it for tensors, besides the CUDA context and fragmentation
-    workers      processes per GPU that read images; worker: images per second of each (Pillow alone decodes, crops and resizes 767 of
-                 500 x 375 pixels on a core of the CPU named below; flips, normalisation, batches, files and larger images take their share)
-    checkpoint   seconds (2.8 measured on that CPU, busy with other work, with a search of this network: 206 MB)
-    parameters, gates, ranges, buffers   numbers, as `prepare` makes them for 4 weight and 4 input widths per layer
-    """
-
-    slower: float = 2.0
-    operation: float = 8e-6
-    operations: tuple[tuple[str, int], ...] = (("float", 731), ("search", 3503), ("fixed", 2139))
-    nvlink: float = 450e9
-    network: float = 400e9
-    ethernet: float = 12.5e9
-    reached: float = 0.75
-    latency: float = 20e-6
-    node: int = 8
-    memory: float = 141e9
-    usable: float = 0.92
-    workers: int = 12
-    worker: float = 400.0
-    checkpoint: float = 3.0
-    parameters: int = 25_557_032
-    gates: int = 416
-    ranges: int = 107_258
-    buffers: int = 55_007
-
-    def link(self, ranks: int, slow: bool = False) -> Link:
-        """A ring crosses every node once in and once out, with all of its adapters together."""
-        inside = ranks <= self.node
-        return Link(self.reached * (self.nvlink if inside else self.ethernet if slow else self.network), self.latency)
-
-
-ASSUMED = Assumptions()
 
 
 def roofline(name: str, images: int) -> float:
@@ -123,8 +74,8 @@ def size(recompute: bool = False, given: Assumptions = ASSUMED) -> Size:
     return Size(given.parameters, given.gates + given.ranges, given.buffers, given.parameters, kept + largest, image)
 
 
-def plan(ranks: int, batch: int) -> Plan:
-    return Plan(IMAGES, batch, EPOCHS, VALIDATION, ranks)
+def plan(ranks: int, batch: int, given: Assumptions = ASSUMED) -> Plan:
+    return Plan(IMAGES, batch, dict(zip(NETWORK_OF, given.epochs, strict=True)), VALIDATION, ranks)
 
 
 def scaling(batches: Sequence[int], given: Assumptions = ASSUMED) -> str:
@@ -229,33 +180,36 @@ def _hours(seconds: float) -> str:
     return f"{seconds / 3600:.1f}"
 
 
-def document(given: Assumptions = ASSUMED) -> str:
-    """The tables, in Markdown."""
-    strong = scaling([GLOBAL_BATCH] * len(RANKS), given)
-    weak = scaling([RANK_BATCH * ranks for ranks in RANKS], given)
-    texts = [
-        f"Strong scaling, {GLOBAL_BATCH} images in a step over all GPUs. Milliseconds of a step of the search:",
-        strong,
+def document(given: Assumptions = ASSUMED) -> dict[str, str]:
+    """The generated parts of the document, in Markdown, by name."""
+    scaled = [
+        f"Strong scaling, {GLOBAL_BATCH} images in a step over all GPUs; times in milliseconds of a step of the search:",
+        scaling([GLOBAL_BATCH] * len(RANKS), given),
         f"Weak scaling, {RANK_BATCH} images on every GPU:",
-        weak,
-        "The first table's step under other assumptions, one at a time, milliseconds:",
+        scaling([RANK_BATCH * ranks for ranks in RANKS], given),
+        "The first table's step under other assumptions, one at a time, in milliseconds:",
         variants(given),
-        "Processes that read images, for every GPU at 256 images, so that it does not wait:",
-        data_bound(given),
-        "Communication of a step of the search:",
-        communication(given),
-        "Memory of a GPU in the search, GB, several GPUs:",
-        memory(given),
-        f"The largest batch of a GPU, {given.usable:.0%} of its memory being usable:",
-        fitting(given),
     ]
-    return "\n\n".join(texts)
+    sizes = [memory(given), f"Images that fit, {given.usable:.0%} of the memory being usable:", fitting(given)]
+    return {
+        "check": scale_measured.runs(),
+        "driver": scale_measured.driver(),
+        "checkpoints": scale_measured.checkpoints(),
+        "data": "\n\n".join([scale_measured.loading(), f"Processes that keep a GPU busy at {RANK_BATCH} images:", data_bound(given)]),
+        "assumptions": assumptions(given),
+        "scaling": "\n\n".join(scaled),
+        "communication": communication(given),
+        "memory": "\n\n".join(sizes),
+    }
 
 
-def put(text: str, tables: str) -> str:
-    """The document with these tables between its marks."""
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n\n{tables}\n\n{END}{rest.split(END)[1]}"
+def put(text: str, parts_of_it: Mapping[str, str]) -> str:
+    """The document with these texts between the marks of their names."""
+    for name, new in parts_of_it.items():
+        begin, end = f"<!-- {name}: python -m benchmarks.scale --write -->", f"<!-- end of {name} -->"
+        before, rest = text.split(begin)
+        text = f"{before}{begin}\n\n{new}\n\n{end}{rest.split(end)[1]}"
+    return text
 
 
 def main(arguments: Sequence[str] | None = None, path: Path = DOCUMENT) -> int:
@@ -264,7 +218,7 @@ def main(arguments: Sequence[str] | None = None, path: Path = DOCUMENT) -> int:
     if parser.parse_args(arguments).write:
         path.write_text(put(path.read_text(), document()))
     else:
-        print(document())
+        print("\n\n".join(f"## {name}\n\n{text}" for name, text in document().items()))
     return 0
 
 

@@ -10,7 +10,8 @@ import pytest
 from qprune import scale
 from qprune.benchmarks import operations
 from qprune.benchmarks import scale as tables
-from qprune.benchmarks.scale import ASSUMED, BEGIN, DOCUMENT, END
+from qprune.benchmarks.scale import DOCUMENT
+from qprune.benchmarks.scale_assumptions import ASSUMED, Assumptions
 
 
 def test_the_committed_tables_are_those_of_the_script() -> None:
@@ -18,16 +19,19 @@ def test_the_committed_tables_are_those_of_the_script() -> None:
     assert tables.put(text, tables.document()) == text, "run python -m benchmarks.scale --write"
 
 
-def test_tables_are_written_between_the_marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "document", lambda: "new")
+def test_texts_are_written_between_their_marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "document", lambda: {"one": "new", "two": "newer"})
+    begins = [f"<!-- {name}: python -m benchmarks.scale --write -->" for name in ("one", "two")]
     path = tmp_path / "scale.md"
-    path.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    path.write_text(f"a\n{begins[0]}\nold\n<!-- end of one -->\nb\n{begins[1]}\n<!-- end of two -->\nc\n")
     assert tables.main(["--write"], path) == 0
-    assert path.read_text() == f"before\n{BEGIN}\n\nnew\n\n{END}\nafter\n"
+    new = f"a\n{begins[0]}\n\nnew\n\n<!-- end of one -->\nb\n{begins[1]}\n\nnewer\n\n<!-- end of two -->\nc\n"
+    assert path.read_text() == new
+    assert tables.put(new, {"one": "new", "two": "newer"}) == new
 
 
 def test_what_dominates_follows_from_the_assumptions() -> None:
-    def dominant(ranks: int, given: tables.Assumptions = ASSUMED, slow: bool = False) -> str:
+    def dominant(ranks: int, given: Assumptions = ASSUMED, slow: bool = False) -> str:
         return scale.step(tables.parts(ranks, given, slow), tables.plan(ranks, 1024), "search").dominant
 
     assert [dominant(ranks) for ranks in (1, 8, 64)] == ["computing", "computing", "launching"]
