@@ -4,8 +4,8 @@ Parts are measured one by one on noise of the given size (benchmarks/parts.py); 
 whole run is made: float training, search, fine-tuning, uniform baseline, with evaluations and checkpoints. Under torchrun all ranks do
 this together. Nothing is learnt from the noise; the numbers are about time and memory.
 
-On a CPU memory is that of a second, short run in which freed memory goes back to the system at once. Otherwise glibc keeps much of it, and
-how much more than its tensors a process holds is a matter of chance.
+On a CPU memory is that of a short run before, in which freed memory goes back to the system at once. Otherwise glibc keeps much of it,
+and how much more than its tensors a process holds is a matter of chance.
 """
 
 from __future__ import annotations
@@ -123,11 +123,20 @@ class Found:
 
 
 def measure(request: Request, who: Ranks, folder: Path) -> Found:
-    """Parts, half of the rounds before the run and half after it, so that a machine that becomes slower does for both; the run; memory."""
+    """Memory, on a CPU with a short run of its own; parts, half of the rounds before the run and half after it, so that a machine that
+    becomes slower does for both; the run."""
     options = request.options()
     task, rounds = task_of(options), Rounds()
     subject = Subject(options, task, who)
-    (folder / "whole").mkdir(parents=True)
+    cpu = subject.device.type == "cpu"
+    for name in ("short", "whole"):
+        (folder / name).mkdir(parents=True)
+    with parts.freed_at_once(cpu):
+        with switched(options):
+            subject.make(Rounds())
+            memory = parts.memory_of(subject)
+        short = replace(request, steps=2, epochs=1).options()
+        taken = whole(short, task_of(short), folder / "short", who)[1] if cpu else {}
     half = math.ceil(request.rounds / 2)
     with switched(options):
         parts.time_all(subject, rounds, half, folder)
@@ -135,20 +144,13 @@ def measure(request: Request, who: Ranks, folder: Path) -> Found:
     with switched(options):
         parts.time_all(subject, rounds, half, folder)
         link = allreduce.measure(who, subject.device)
-        if subject.device.type == "cpu":
-            parts.give_back_at_once()
-        memory = parts.memory_of(subject)
     found = parts.parts_of(subject, rounds, link)
     plan = plan_of(options, who)
     predicted = scale.run(found, plan)
     lines = [Line(TRAINED[name], "s", predicted[name], phases[name].seconds, plan.epochs[name] * plan.steps) for name in phases]
     lines.append(Line("all else", "s", predicted["once"], seconds - sum(usage.seconds for usage in phases.values())))
     lines.append(Line("total", "s", predicted["total"], seconds))
-    if subject.device.type == "cpu":
-        (folder / "short").mkdir()
-        short = replace(request, steps=2, epochs=1).options()
-        _, phases = whole(short, task_of(short), folder / "short", who)
-    for name, usage in phases.items():
+    for name, usage in (taken or phases).items():
         if usage.before:
             lines.append(Line(f"memory of {TRAINED[name]}", "B", added(memory, options, who, name), usage.memory - usage.before))
     return Found(found, memory, rounds, lines)

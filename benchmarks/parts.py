@@ -7,7 +7,8 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -141,9 +142,9 @@ def time_all(subject: Subject, rounds: Rounds, times: int, folder: Path) -> None
     subject.make(rounds)
     sizes = sorted({subject.few, subject.count})
     functions = {f"{name} {size}": subject.step(name, size) for name in NETWORKS for size in sizes}
-    timings = alternate({**functions, "driven": subject.driven(subject.count)}, times, subject.device.type, least=0.0)
-    for name, seconds in timings.rounds.items():
+    for name, seconds in alternate(functions, times, subject.device.type, least=0.0).rounds.items():
         rounds.seconds[name] += seconds
+    rounds.seconds["driver"] += _driver(subject, functions[f"float {subject.count}"], times)
     final = rounds.of("once: finish", lambda: subject.recipe.finish(subject.search, subject.search.policy(), subject.batches))
     rounds.of("once: end", lambda: subject.measure_and_save(final, folder))
     rounds.of("once: phases", lambda: [_begin_a_phase() for _ in PHASES])
@@ -155,6 +156,28 @@ def time_all(subject: Subject, rounds: Rounds, times: int, folder: Path) -> None
     loader = subject.task.loader("train", subject.options.batch_size, torch.Generator().manual_seed(0), shard=subject.who.shard)
     for _ in range(2):
         rounds.of("loading", lambda: [None for _ in loader])
+
+
+def _driver(subject: Subject, bare: Callable[[], object], times: int) -> list[float]:
+    """Seconds that a step of a run takes longer than a bare one: of the processor on a CPU, since a few milliseconds of a step are easily
+    lost in what other programs do."""
+    cpu, driven, found = subject.device.type == "cpu", subject.driven(subject.count), []
+
+    def now() -> float:
+        if cpu:
+            return time.process_time()
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    driven()
+    for _ in range(times):
+        started = now()
+        for _ in range(DRIVEN):
+            bare()
+        between = now()
+        driven()
+        found.append(((now() - between) - (between - started)) / DRIVEN)
+    return found
 
 
 def _begin_a_phase() -> None:
@@ -185,7 +208,6 @@ def parts_of(subject: Subject, rounds: Rounds, link: Link) -> Parts:
         return max(subject.who.gathered(rounds.median(name)))
 
     steps = {name: StepCost.through((few, median(f"{name} {few}")), (count, median(f"{name} {count}"))) for name in NETWORKS}
-    pairs = zip(rounds.seconds["driven"], rounds.seconds[f"float {count}"], strict=True)
     images = len(subject.task.train) / subject.who.count
     evaluation = {name: median(f"evaluate {name}") / EVALUATED for name in NETWORKS}
     return Parts(
@@ -194,7 +216,7 @@ def parts_of(subject: Subject, rounds: Rounds, link: Link) -> Parts:
         gradients={phase: 4.0 * _trained(subject.networks[name]) for phase, name in PHASES.items()},
         checkpoint={phase: median(f"checkpoint {name}") for phase, name in PHASES.items()},
         loading=median("loading") / images,
-        driver=max(statistics.median(several / DRIVEN - bare for several, bare in pairs), 0.0),
+        driver=max(median("driver"), 0.0),
         link=link,
         once=sum(median(name) for name in rounds.seconds if name.startswith("once: ")),
     )
@@ -241,12 +263,21 @@ def most(function: Callable[[], object], net: nn.Module) -> int:
     return max(meter.phases[""].memory - meter.phases[""].before, 0)
 
 
-def give_back_at_once() -> None:
-    """From now on glibc returns tensors of a megabyte and more to the system when they are freed, so that resident memory is what tensors
-    take. This makes steps slow: nothing may be timed afterwards. Elsewhere nothing changes."""
-    if sys.platform == "linux":
-        threshold = -3  # M_MMAP_THRESHOLD
-        ctypes.CDLL(None).mallopt(threshold, 1 << 20)
+@contextmanager
+def freed_at_once(on: bool) -> Iterator[None]:
+    """Within, glibc returns tensors of a megabyte and more to the system when they are freed, so that resident memory is what tensors take.
+    Steps are slow meanwhile. Good for nothing once a process has freed much: what lies free in it is used first. Afterwards glibc keeps
+    what is below 32 MB, as it comes to by itself. Elsewhere nothing changes."""
+    if not on or sys.platform != "linux":
+        yield
+        return
+    set_option, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
+    set_option(mmap_threshold, 1 << 20)
+    try:
+        yield
+    finally:
+        set_option(mmap_threshold, 32 << 20)
+        set_option(trim_threshold, 64 << 20)
 
 
 def as_dict(parts: Parts, memory: Memory, rounds: Rounds) -> dict[str, Any]:

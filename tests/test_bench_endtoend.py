@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ def _one_thread() -> object:
 
 @pytest.mark.usefixtures("_one_thread")
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts, "give_back_at_once", lambda: None)  # of the whole process
+    monkeypatch.setattr(parts, "freed_at_once", nullcontext)  # of the whole process
     result = CliRunner().invoke(cli.app, [*ARGUMENTS, "--threads", "1", "--out", str(tmp_path / "new.json")])
     assert result.exit_code == 0, result.output
     assert "predicted from the parts and measured" in result.output and "loader alone" in result.output
