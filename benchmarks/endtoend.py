@@ -11,6 +11,7 @@ and how much more than its tensors a process holds is a matter of chance.
 from __future__ import annotations
 
 import math
+import os
 import sys
 import tempfile
 import time
@@ -208,6 +209,7 @@ def run(request: Request, out: Path | None, told: Callable[[Any], object] | None
         told(table_of_parts(found, options, who))
         told(table_of_lines(found.lines))
         if out is not None:
+            described["load after"] = round(os.getloadavg()[0], 2)
             rows = [{**asdict(line), "error": line.error} for line in found.lines]
             tables.write_json(
                 out, rows, described, command, request=asdict(request), parts=parts.as_dict(found.parts, found.memory, found.rounds)

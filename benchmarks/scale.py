@@ -195,7 +195,13 @@ def document(given: Assumptions = ASSUMED) -> dict[str, str]:
         "check": scale_measured.runs(),
         "driver": scale_measured.driver(),
         "checkpoints": scale_measured.checkpoints(),
-        "data": "\n\n".join([scale_measured.loading(), f"Processes that keep a GPU busy at {RANK_BATCH} images:", data_bound(given)]),
+        "data": "\n\n".join(
+            [
+                scale_measured.loading(),
+                f"Processes that a GPU would need at {RANK_BATCH} images, by the steps that are predicted below:",
+                data_bound(given),
+            ]
+        ),
         "assumptions": assumptions(given),
         "scaling": "\n\n".join(scaled),
         "communication": communication(given),

@@ -23,9 +23,9 @@ class Assumptions:
     latency      seconds of a sum of a few numbers between two GPUs
     node         GPUs of a node
     memory       bytes of a GPU (H200 data sheet: 141 GB); usable: share of it for tensors, besides the CUDA context and fragmentation
-    workers      processes per GPU that read images; worker: images per second of each (Pillow alone decodes, crops and resizes 767 of
-                 500 x 375 pixels on a core of the CPU named below; flips, normalisation, batches, files and larger images take their share)
-    checkpoint   seconds (2.8 measured on that CPU, busy with other work, with a search of this network: 206 MB)
+    workers      processes per GPU that read images; worker: images per second of each, half of what Pillow alone decodes and resizes on a
+                 core (results/data-cpu.json): files, flips, normalisation, batches and larger images take their share
+    checkpoint   seconds; twice what was measured with a search of this network on a CPU (results/checkpoint-cpu.json)
     epochs       of float training, search, fine-tuning, uniform baseline
     parameters, gates, ranges, buffers   numbers, as `prepare` makes them for 4 weight and 4 input widths per layer
     """
