@@ -53,7 +53,7 @@ class Fitting(Progress):
 
     def __init__(self, columns: Sequence[ProgressColumn], spare: Sequence[ProgressColumn], console: Console) -> None:
         self.all, self.spare, self.place, self.left_out, self.width = tuple(columns), tuple(spare), console, 0, console.width
-        super().__init__(*columns, console=console)
+        super().__init__(*columns, console=console, refresh_per_second=4)
 
     def make_tasks_table(self, tasks: Iterable[Task]) -> Table:
         tasks = list(tasks)

@@ -52,8 +52,9 @@ def nonfinite_gradient(model: nn.Module) -> str | None:
     found = [(name, p.grad) for name, p in unwrap(model).named_parameters() if p.grad is not None and p.grad.numel()]
     if not found:
         return None
-    # the largest elements: unlike other norms they cannot overflow
-    norms = torch._foreach_norm([gradient for _, gradient in found], torch.inf)
-    if bool(torch.stack([norm.to(norms[0].device, torch.float64) for norm in norms]).isfinite().all()):
+    # an element that is not finite makes the norm so; a norm that only overflows costs a closer look
+    norms = torch._foreach_norm([gradient for _, gradient in found])
+    alike = len({(norm.device, norm.dtype) for norm in norms}) == 1
+    if bool(torch.stack(norms if alike else [norm.to(norms[0].device, torch.float64) for norm in norms]).isfinite().all()):
         return None
     return next((name for name, gradient in found if not bool(gradient.isfinite().all())), None)

@@ -18,7 +18,8 @@ class Optimizers:
 
     total       steps after which weights and quantizers have cooled down to 0 along a half cosine; None: constant rates
     recordable  updates work on the device alone, so that they can be part of a CUDA graph: fused kernels, rates as tensors
-    check       attribute: called before every update, to raise for gradients that must not be used; None: nothing is called
+    check       attribute: called before the first update after `zero_grad`, to raise for gradients that must not be used; None: nothing is
+                called
     resting     attribute: updates are left out until the gradients are made anew
     """
 
@@ -42,7 +43,7 @@ class Optimizers:
         ]
         self.model, self.total = model, total
         self.check: Callable[[], None] | None = None
-        self.resting = False
+        self.resting = self._checked = False
         device = weights[0].device if weights else None
         options: dict[str, Any] = {"fused": True} if recordable else {}
         adam: dict[str, Any] = {**options, "capturable": True} if recordable and device is not None and device.type == "cuda" else options
@@ -64,7 +65,7 @@ class Optimizers:
 
     def zero_grad(self) -> None:
         self.model.zero_grad(set_to_none=True)
-        self.resting = False
+        self.resting = self._checked = False
 
     def schedule(self, step: int) -> None:
         """Set the rates of step 0, 1, …"""
@@ -94,8 +95,7 @@ class Optimizers:
     def step_weights(self) -> None:
         if self.resting:
             return
-        if self.check is not None:
-            self.check()
+        self._check_once()
         self.weights.step()
         if self.quantizers is not None:
             self.quantizers.step()
@@ -103,10 +103,15 @@ class Optimizers:
     def step_arch(self) -> None:
         if self.resting:
             return
-        if self.check is not None:
-            self.check()
+        self._check_once()
         if self.arch is not None:
             self.arch.step()
+
+    def _check_once(self) -> None:
+        """The check looks at all gradients: gates that are updated after weights, from the same backward pass, need no other."""
+        if self.check is not None and not self._checked:
+            self.check()
+            self._checked = True
 
     def _all(self) -> dict[str, torch.optim.Optimizer]:
         named = {"weights": self.weights, "arch": self.arch, "quantizers": self.quantizers}
