@@ -31,7 +31,7 @@ from qprune.record import record_of
 from qprune.resume.checkpoints import Checkpoints
 from qprune.resume.failures import explained
 from qprune.resume.phase import METRICS, Phase
-from qprune.resume.randomness import seed_all
+from qprune.resume.randomness import differ, seed_all
 from qprune.search.alternate import alternate
 from qprune.search.driver import METHODS, Search
 from qprune.search.method import StepResult
@@ -156,6 +156,7 @@ class Experiment:
         net = network_of(self.options, self.task).to(self.device)
         if not self.options.channels_last:
             net.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        differ(self.seed, self.ranks.rank)
         return net
 
     def searched(self, net: nn.Module) -> tuple[Search, Policy, nn.Module]:

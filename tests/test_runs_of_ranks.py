@@ -57,7 +57,13 @@ def run(method: str, ranks: Ranks) -> dict[str, Any]:
         files = sorted(path.name for path in Path(folder).rglob("*"))
     metrics = [{name: entry[name] for name in RESULTS if name in entry} for entry in map(json.loads, lines)]
     accuracies = [network["accuracy"] for network in result["runs"][0]["networks"].values()]
-    return {"metrics": metrics, "files": files, "accuracies": accuracies, "policy": result["runs"][0]["policy"]}
+    return {
+        "drawn": torch.initial_seed(),
+        "metrics": metrics,
+        "files": files,
+        "accuracies": accuracies,
+        "policy": result["runs"][0]["policy"],
+    }
 
 
 def work(rank: int) -> dict[str, Any]:
@@ -80,7 +86,7 @@ def test_two_processes_are_as_one(method: str, together: tuple[Any, Any], monkey
         monkeypatch.setattr(module, name, getattr(module, name))
     prepare()
     first, second, alone = together[0][method], together[1][method], run(method, ALONE)
-    assert first["policy"] == second["policy"]
+    assert first["policy"] == second["policy"] and first["drawn"] != second["drawn"]
     if method == "zur-uniq":
         return  # its noise depends on the place in the batch
     assert first["policy"] == alone["policy"]

@@ -17,6 +17,12 @@ def seed_all(seed: int) -> None:
     np.random.seed(seed % 2**32)
 
 
+def differ(seed: int, rank: int) -> None:
+    """Let torch draw other random numbers on every rank but 0 from now on: their batches should not all lose the same units to dropout."""
+    if rank:
+        torch.manual_seed((seed + rank * 0x9E3779B97F4A7C15) % 2**63)
+
+
 def snapshot(generator: torch.Generator) -> dict[str, Any]:
     """The states of `generator` and of the global ones of torch (with that of the present GPU), Python and NumPy."""
     version, words, gauss = random.getstate()
