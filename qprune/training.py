@@ -5,12 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from qprune.checkpoint import save
 from qprune.config import Form
@@ -19,13 +16,11 @@ from qprune.experiment import Experiment, Watcher
 from qprune.files import write_atomically
 from qprune.options import OptionError, RunOptions, plain
 from qprune.plainjson import parse
-from qprune.precision import check, switched
+from qprune.precision import switched
 from qprune.ranks import ALONE, Ranks
-from qprune.resume.checkpoints import Checkpoints
-from qprune.resume.folder import RESULT, STATES, begin, check_same, held, options_in, take_up
-from qprune.resume.randomness import be_deterministic
-from qprune.resume.signals import Stop, Stopped
-from qprune.seeds import environment, open_folder
+from qprune.resume.folder import RESULT
+from qprune.resume.session import Terms, session
+from qprune.resume.signals import Stop
 from qprune.tasks.sources import task_of
 
 FORMAT = 1
@@ -75,12 +70,6 @@ class TrainOptions:
 FORM = Form(TrainOptions, "a training")
 
 
-def stored_options(folder: Path) -> TrainOptions | None:
-    """The options of the training that the folder holds; None if none was begun. Raises CheckpointError for a damaged file."""
-    found: TrainOptions | None = options_in(folder, FORM)
-    return found
-
-
 def run(
     options: TrainOptions,
     folder: Path,
@@ -99,47 +88,18 @@ def run(
     The network is the one that a search run with the same options and seed begins with. Arguments and errors are those of
     qprune.seeds.run.
     """
-    if minutes < 0 or keep < 1:
-        raise OptionError(f"expected checkpoint minutes from 0 and at least 1 checkpoint to keep, got {minutes} and {keep}")
-    with ExitStack() as holding:
-        ranks.from_main(holding.enter_context, held(folder))
-        try:
-            began, done = ranks.from_main(lambda: _begun(options, folder, ranks) if resume else (False, None))
-            if done is not None:
-                return done
-            check(options.run_options(), ranks)
-            if options.deterministic:
-                be_deterministic()
-            torch.set_num_threads(ranks.from_main(torch.get_num_threads))
-            task = task_of(options)
-            if not began:
-                ranks.from_main(_begin, options, folder, overwrite, ranks)
-            states = Checkpoints(folder / STATES, minutes, keep, stop, ranks)
-            experiment = Experiment(options.run_options(), task, options.seed, folder, watcher, checkpoints=states, ranks=ranks)
-            found = _trained(experiment)
-            made = {"format": FORMAT, "kind": "train", "options": options.as_dict(), "environment": environment(options.device, ranks)}
-            ranks.from_main(write_atomically, folder / RESULT, json.dumps(made | found, indent=1).encode())
-            states.clear()
-            return made | found
-        except Stopped as stopped:
-            raise Stopped(stopped.number, f"{stopped}; go on with: qprune train --resume --out {folder}") from None
-
-
-def _begun(options: TrainOptions, folder: Path, ranks: Ranks) -> tuple[bool, dict[str, Any] | None]:
-    """(whether a training was begun in the folder, its result if it is over). It goes on with as many threads as it began with."""
-    began = stored_options(folder)
-    if began is None:
-        return False, None
-    check_same(began, folder, options.as_dict())
-    done = finished(folder)
-    if done is None:
-        take_up(folder, environment(options.device, ranks))
-    return True, done
-
-
-def _begin(options: TrainOptions, folder: Path, overwrite: bool, ranks: Ranks) -> None:
-    open_folder(folder, overwrite)
-    begin(folder, options, environment(options.device, ranks))
+    terms = Terms(overwrite, resume, minutes, keep, stop, ranks)
+    with session(folder, options, FORM, options.run_options(), "train", finished, terms) as work:
+        if work.done is not None:
+            return work.done
+        task = task_of(options)
+        work.begin()
+        states = work.checkpoints(folder)
+        experiment = Experiment(options.run_options(), task, options.seed, folder, watcher, checkpoints=states, ranks=ranks)
+        made = {"format": FORMAT, "kind": "train", "options": options.as_dict(), "environment": work.environment(), **_trained(experiment)}
+        ranks.from_main(write_atomically, folder / RESULT, json.dumps(made, indent=1).encode())
+        states.clear()
+        return made
 
 
 def _trained(experiment: Experiment) -> dict[str, Any]:

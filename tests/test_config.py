@@ -13,10 +13,10 @@ from test_cli import qprune
 
 from qprune import config
 from qprune.commands.search import search
+from qprune.environment import environment
 from qprune.errors import CheckpointError
 from qprune.options import OptionError, RunOptions
 from qprune.resume.folder import OPTIONS, begin, check_same, stored_options
-from qprune.seeds import environment
 
 ZUR = RunOptions(
     method="zur", pairs=((2, 2), (4, 8)), method_options={"samples": 4, "estimator": "score"}, budget="bops=w4a4,size=20%", lr=1e-3,

@@ -24,8 +24,9 @@ from qprune import cli
 from qprune.errors import CheckpointError
 from qprune.files import write_atomically
 from qprune.resume.folder import held, stored_options
+from qprune.resume.session import open_folder
 from qprune.resume.statefile import read_state
-from qprune.seeds import open_folder, run
+from qprune.seeds import run
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -132,11 +133,11 @@ def test_a_process_that_ends_before_anything_was_begun(tmp_path: Path, monkeypat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("qprune.seeds.shutil.rmtree", gone)
+        patched.setattr("qprune.resume.session.shutil.rmtree", gone)
         open_folder(tmp_path, overwrite=False)
     assert stored_options(tmp_path) is None
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("qprune.seeds.begin", gone)
+        patched.setattr("qprune.resume.session.begin", gone)
         run(options(), tmp_path, Watcher(), resume=True)
     watcher = Watcher(1, gone)
     with pytest.raises(KeyboardInterrupt):

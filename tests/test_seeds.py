@@ -19,7 +19,8 @@ from qprune.geometry import Geometry, trace_geometry
 from qprune.options import OptionError, RunOptions
 from qprune.policy import LayerBits, Policy
 from qprune.recipes.bits import uniform_above
-from qprune.seeds import open_folder, run
+from qprune.resume.session import open_folder
+from qprune.seeds import run
 from qprune.summary import student_interval, summarise, verdict
 from qprune.tasks import data, models
 

@@ -13,10 +13,10 @@ from qprune.compare.options import CompareOptions
 from qprune.compare.page import compare_page
 from qprune.compare.summary import float_row, rows_of, sentence
 from qprune.compare.tables import cells_csv, markdown, table_csv
+from qprune.environment import environment
 from qprune.errors import StudyError
 from qprune.files import write_atomically
 from qprune.plainyaml import dumped
-from qprune.seeds import environment
 from qprune.study.queue import Progress, Queue, check_stored
 from qprune.study.storage import check_sqlite, require_optuna
 from qprune.study.worker import Run, run_workers

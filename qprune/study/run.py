@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qprune.environment import environment
 from qprune.errors import StudyError
 from qprune.files import write_atomically
 from qprune.plainyaml import dumped
-from qprune.seeds import environment
 from qprune.study.analysis import METRICS, analyse
 from qprune.study.grid import Point
 from qprune.study.options import StudyOptions
