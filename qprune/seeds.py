@@ -6,7 +6,7 @@ import json
 import logging
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +23,7 @@ from qprune.plainjson import parse
 from qprune.precision import check, described, device_of
 from qprune.ranks import ALONE, Ranks
 from qprune.report import write_report
-from qprune.result import read_result
+from qprune.result import check_complete, read_result
 from qprune.resume.checkpoints import Checkpoints
 from qprune.resume.failures import REPLAY
 from qprune.resume.folder import (
@@ -157,6 +157,7 @@ def finished(folder: Path) -> dict[str, Any] | None:
     if not (folder / RESULT).exists():
         return None
     result = read_result(folder)
+    check_complete(result, folder / RESULT)
     if not (folder / "report.html").exists():
         write_report(folder)
     return dict(result)
@@ -190,10 +191,15 @@ def _run(
             {"name": g.name, "kind": g.kind, "filters": g.filters, "macs": g.macs, "weights": g.weights} for g in geometry.layers.values()
         ],
         "runs": runs,
-        "summary": summarise(runs, "bops" if "bops" in limits else next(iter(limits))),
+        "summary": summarise(runs, _measure(limits)),
     }
     ranks.from_main(_conclude, result, folder)
     return result
+
+
+def _measure(limits: Mapping[str, float]) -> str:
+    """What the verdict is about."""
+    return "bops" if "bops" in limits else next(iter(limits), "")
 
 
 def _conclude(result: dict[str, Any], folder: Path) -> None:
@@ -207,12 +213,13 @@ def _entry(place: Path) -> dict[str, Any] | None:
     try:
         place.mkdir(parents=True, exist_ok=True)
         found: dict[str, Any] = parse((place / SEED).read_text())
-        return found if {"run", "limits"} <= set(found) else None
+        summarise([found["run"]], _measure(found["limits"]))
+        return found
     except FileNotFoundError:
         return None
     except OSError as error:
         raise CheckpointError(f"cannot use {place}: {error.strerror or error}") from None
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError):  # no JSON, or none that can be summarised
         log.warning("qprune: %s is damaged; this seed is run again", place / SEED)
         return None
 
