@@ -38,13 +38,13 @@ def read_members(path: Path, wanted: Mapping[str, int]) -> dict[str, bytes]:
     "..", links or devices, more than a hundred members, or unpacks to more than twice what is wanted.
     """
     found: dict[str, bytes] = {}
-    largest = sum(wanted.values())
+    most = 2 * sum(wanted.values()) + MARGIN
     try:
         with gzip.open(path) as unpacked:
-            limited: Any = _Limited(unpacked, path, 2 * largest + MARGIN)
+            limited: Any = _Limited(unpacked, path, most)
             archive = tarfile.open(fileobj=limited, mode="r|")  # noqa: SIM115 - it owns nothing that needs closing
             for number, member in enumerate(archive):
-                name = _checked(path, member)
+                name = _checked(path, member, most)
                 if number >= MAX_MEMBERS:
                     raise DataError(f"{path} has more than {MAX_MEMBERS} members; expected {', '.join(wanted)}")
                 if name not in wanted:
@@ -59,7 +59,10 @@ def read_members(path: Path, wanted: Mapping[str, int]) -> dict[str, bytes]:
                 found[name] = file.read()
             while limited.read(2**20):  # to the end, where the checksum is
                 pass
-    except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
+    except DataError:
+        raise
+    # tarfile converts numbers in headers without a look at them
+    except (tarfile.TarError, zlib.error, EOFError, OSError, ValueError, TypeError, LookupError, OverflowError) as error:
         raise DataError(f"{path} cannot be read as an archive: {error or type(error).__name__}; copy it here again") from error
     missing = [name for name in wanted if name not in found]
     if missing:
@@ -67,8 +70,13 @@ def read_members(path: Path, wanted: Mapping[str, int]) -> dict[str, bytes]:
     return found
 
 
-def _checked(path: Path, member: tarfile.TarInfo) -> str:
+def _checked(path: Path, member: tarfile.TarInfo, most: int) -> str:
     """The member's name without a leading "./"."""
+    if not 0 <= member.size <= most:  # tarfile would pass over so many bytes block by block, whether they are there or not
+        raise DataError(
+            f"{path} unpacks to far more than the data set has: member {member.name!r} is to have {member.size} bytes; it was not made by "
+            "the data set's authors"
+        )
     name = PurePosixPath(member.name)
     if name.is_absolute() or ".." in name.parts or "\\" in member.name:
         raise DataError(f"{path}: member {member.name!r} points out of the archive; it was not made by the data set's authors")
