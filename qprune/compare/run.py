@@ -139,5 +139,5 @@ def write_results(comparison: Comparison, queue: Queue) -> dict[str, Any]:
         "report.html": compare_page(result),
     }
     for name, text in written.items():
-        write_atomically(folder / name, text.encode())
+        write_atomically(folder / name, text.encode("utf-8", "replace"))
     return result

@@ -103,9 +103,9 @@ def write_results(options: StudyOptions, folder: Path, bench: Bench, queue: Queu
         "errors": [{"label": bench.points[p].label, "seed": seed, "error": text} for (p, seed), text in sorted(errors.items())],
         **analyse(bench.points, finished, options.threshold, bench.kind.measure),
     }
-    write_atomically(folder / "trials.csv", _csv(bench.points, finished).encode())
+    write_atomically(folder / "trials.csv", _csv(bench.points, finished).encode("utf-8", "replace"))
     write_atomically(folder / "result.json", json.dumps(result, indent=1, allow_nan=False).encode())
-    write_atomically(folder / "report.html", study_page(result).encode())
+    write_atomically(folder / "report.html", study_page(result).encode("utf-8", "replace"))
     return result
 
 

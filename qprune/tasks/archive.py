@@ -13,19 +13,24 @@ from typing import Any
 from .order import DataError
 
 MAX_MEMBERS = 100
+MOST_ENDS = 8
 MARGIN = 2**20
 """Of bytes beside the wanted ones: headers, and files like a readme."""
 
 
 class _Limited:
-    """An unpacked stream that ends in a DataError after `limit` bytes, so that a small file cannot become a huge one."""
+    """An unpacked stream that ends in a DataError after `limit` bytes, so that a small file cannot become a huge one, and in an EOFError
+    when it is read on and on behind its end: tarfile passes over what a header announces block by block, whether it is there or not."""
 
     def __init__(self, file: Any, path: Path, limit: int) -> None:
-        self.file, self.path, self.left = file, path, limit
+        self.file, self.path, self.left, self.ends = file, path, limit, 0
 
     def read(self, size: int) -> bytes:
         content: bytes = self.file.read(size)
         self.left -= len(content)
+        self.ends += not content
+        if self.ends > MOST_ENDS:
+            raise EOFError("it ends before a member does")
         if self.left < 0:
             raise DataError(f"{self.path} unpacks to far more than the data set has; it was not made by the data set's authors")
         return content
@@ -38,13 +43,13 @@ def read_members(path: Path, wanted: Mapping[str, int]) -> dict[str, bytes]:
     "..", links or devices, more than a hundred members, or unpacks to more than twice what is wanted.
     """
     found: dict[str, bytes] = {}
-    most = 2 * sum(wanted.values()) + MARGIN
+    largest = sum(wanted.values())
     try:
         with gzip.open(path) as unpacked:
-            limited: Any = _Limited(unpacked, path, most)
+            limited: Any = _Limited(unpacked, path, 2 * largest + MARGIN)
             archive = tarfile.open(fileobj=limited, mode="r|")  # noqa: SIM115 - it owns nothing that needs closing
             for number, member in enumerate(archive):
-                name = _checked(path, member, most)
+                name = _checked(path, member)
                 if number >= MAX_MEMBERS:
                     raise DataError(f"{path} has more than {MAX_MEMBERS} members; expected {', '.join(wanted)}")
                 if name not in wanted:
@@ -70,13 +75,8 @@ def read_members(path: Path, wanted: Mapping[str, int]) -> dict[str, bytes]:
     return found
 
 
-def _checked(path: Path, member: tarfile.TarInfo, most: int) -> str:
+def _checked(path: Path, member: tarfile.TarInfo) -> str:
     """The member's name without a leading "./"."""
-    if not 0 <= member.size <= most:  # tarfile would pass over so many bytes block by block, whether they are there or not
-        raise DataError(
-            f"{path} unpacks to far more than the data set has: member {member.name!r} is to have {member.size} bytes; it was not made by "
-            "the data set's authors"
-        )
     name = PurePosixPath(member.name)
     if name.is_absolute() or ".." in name.parts or "\\" in member.name:
         raise DataError(f"{path}: member {member.name!r} points out of the archive; it was not made by the data set's authors")
