@@ -45,7 +45,7 @@ def explained(phase: Phase, options: RunOptions, seed: int) -> Iterator[None]:
             raise phase.unfit(error) from error
         what = " ".join(str(error).split())[:200] or "no memory left"
         raise OutOfMemoryError(f"phase {phase.name}: out of memory ({what}); {advice(phase.name, options)}{phase.last_good()}") from error
-    except (LookupError, TypeError, ValueError, AttributeError, AssertionError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, AssertionError, ArithmeticError) as error:
         if phase.tried or isinstance(error, QPruneError):
             raise
         raise phase.unfit(error) from error

@@ -66,7 +66,7 @@ class Phase(Passes):
         if state is not None:
             try:
                 self._set(state)
-            except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
                 raise self.unfit(error) from None
             self.tried = self.ended
         if not self.ended:
