@@ -23,6 +23,7 @@ from torch import Tensor
 
 from qprune import Budget, Policy, convert, cost, exporting
 from qprune.console import result_table
+from qprune.errors import PolicyMismatchError
 from qprune.exporting import add_onnx
 from qprune.geometry import Geometry
 from qprune.recipes import recipe_for
@@ -224,6 +225,21 @@ def units_text() -> str:
     x = torch.randn(4, 1, 8, 8)
     mixed = recipe_for(options("zur"), x[:2]).prepare(small_network(), [x])
     return Search(mixed, Budget.parse("w3a3"), "zur").policy().to_json()
+
+
+def test_channels_that_nobody_produces() -> None:
+    data = json.loads(units_text())
+    name, unit = next((name, unit) for name, unit in data["geometry"]["units"].items() if unit["source"] in data["layers"])
+    layer = next(layer for layer in data["geometry"]["layers"] if layer["name"] == name)
+    for last in (7, 8):
+        unit["channels"] = [*range(layer["inputs"] * layer["groups"] - 1), last]
+        data["layers"][unit["source"]]["out_bits"] = [2, 4] * 4
+        data["fingerprint"] = Geometry.from_json(data["geometry"]).fingerprint
+        policy = Policy.from_json(json.dumps(data))
+        if last == 7:
+            assert cost(policy).bops > 0
+    with pytest.raises(PolicyMismatchError, match=rf"layer {name} reads channel 8 of {unit['source']}, which has bits for 8"):
+        cost(policy)
 
 
 @fuzz(500)
