@@ -83,7 +83,7 @@ def converted(
     swaps: dict[nn.Module, nn.Module] = {}
     for name, layer in layers.items():
         unit = units.get(name, Unit())
-        behind = [modules[part] for part in (unit.norm, unit.activation) if part is not None]
+        behind = _behind(name, unit, modules)
         chosen = policy.layers.get(name)
         if isinstance(layer, FilterConv2d) and isinstance(layer.gate, FilterGate) and chosen is not None:
             layer.gate.choice.copy_(layer.choice_for(chosen.w_bits, chosen.out_bits))
@@ -93,7 +93,8 @@ def converted(
         quantizers = space.get(name, default) if isinstance(space, Mapping) else space or default
         swaps[layer] = _fix(name, layer, chosen, quantizers)
         if chosen.out_bits is not None:
-            assert record is not None and record.geometry is not None
+            if record is None or record.geometry is None or unit.activation is None:
+                raise PolicyMismatchError(f"layer {name}: the policy has out_bits, but no activation is known that this layer produces")
             w_bits = chosen.per_filter(record.geometry.layers[name].filters)
             swaps[behind[-1]] = fix_activation(behind[-1], layer, chosen.out_bits, w_bits, quantizers)
     final = replace_modules(final, {old: new for old, new in swaps.items() if old is not new})
@@ -108,6 +109,15 @@ def converted(
     if record is not None:
         attach(final, record)
     return final
+
+
+def _behind(name: str, unit: Unit, modules: Mapping[str, nn.Module]) -> list[nn.Module]:
+    """The modules of a unit behind its layer."""
+    parts = [part for part in (unit.norm, unit.activation) if part is not None]
+    strange = next((part for part in parts if part not in modules), None)
+    if strange is not None:
+        raise PolicyMismatchError(f"the policy has {strange!r} behind layer {name!r}, which this network does not have")
+    return [modules[part] for part in parts]
 
 
 def without_pruned(final: nn.Module, record: Record, policy: Policy, remove: bool = True, round_to: int = 1) -> nn.Module:

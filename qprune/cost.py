@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qprune.constants import constant
 from qprune.conventions import CONVENTIONS, Convention, Inputs
-from qprune.errors import BudgetError, InputError
+from qprune.errors import BudgetError, InputError, PolicyMismatchError
 from qprune.gates import TiedGate
 from qprune.geometry import ExampleInputs, Geometry, LayerGeometry, Unit, trace_geometry, weighted_layers
 from qprune.inputs import Shares, kept_inputs, own_inputs
@@ -184,6 +184,8 @@ def _produced_bits(geometry: Geometry, choices: Mapping[str, Choice], name: str)
     layer = geometry.layers[name]
     rows = source.out_p if source.out_p.size(0) > 1 else source.out_p.expand(layer.channels, -1)
     if unit.channels is not None and source.out_p.size(0) > 1:
+        if max(unit.channels, default=0) >= len(rows):
+            raise PolicyMismatchError(f"layer {name} reads channel {max(unit.channels)} of {unit.source}, which has bits for {len(rows)}")
         rows = rows[constant(unit.channels, torch.int64, rows.device)]
     return source.out_bits, rows.repeat_interleave(layer.channels // rows.size(0), 0)
 

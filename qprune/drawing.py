@@ -85,6 +85,7 @@ def svg(figure: Figure, prefix: str) -> str:
     with _style(), warnings.catch_warnings():
         # The browser has fonts for what DejaVu Sans lacks.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        warnings.filterwarnings("ignore", message="constrained_layout not applied")  # names that are longer than the figure
         FigureCanvasSVG(figure).print_svg(buffer, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     text = buffer.getvalue()
     text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text[text.index("<svg") :]).replace("xlink:href=", "href=")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qprune.checkpoint import load, save
-from qprune.errors import ExportError, InputError
+from qprune.errors import CheckpointError, ExportError, InputError
 from qprune.export.onnx import export_onnx
 from qprune.export.packed import load_packed, save_packed
 from qprune.export.parity import Difference, compare, parity
@@ -25,7 +25,8 @@ from qprune.export.plain import deployable
 from qprune.export.qonnx import export_qonnx, run_qonnx
 from qprune.files import write_atomically
 from qprune.report import write_report
-from qprune.result import read_result
+from qprune.result import check_complete, read_result
+from qprune.resume.folder import RESULT
 from qprune.runfolder import FinishedRun, open_run, seeds_of
 
 log = logging.getLogger("qprune")
@@ -192,15 +193,21 @@ def add_onnx(folder: str | Path, samples: int = 64) -> dict[str, Any]:
     every run, and in the report; returns result.json's content. Where it cannot be written, one line of the log says why."""
     folder = Path(folder)
     result = read_result(folder)
+    check_complete(result, folder / RESULT)
     if all(entry.get("files") for entry in result["runs"]):
         return result
-    for entry, seed in zip(result["runs"], seeds_of(folder), strict=True):
+    seeds = seeds_of(folder)
+    if len(seeds) != len(result["runs"]):
+        raise CheckpointError(
+            f"{folder / RESULT} has {len(result['runs'])} runs, and the run was begun with {len(seeds)}; restore the file"
+        )
+    for entry, seed in zip(result["runs"], seeds, strict=True):
         run = open_run(folder, seed)
         (made,) = written(run, ("onnx",), run.place, samples)
         if made.error is not None:
             log.warning("qprune: no ONNX file: %s", made.error)
             return result
         entry["files"] = [asdict(made)]
-    write_atomically(folder / "result.json", json.dumps(result, indent=1).encode())
+    write_atomically(folder / RESULT, json.dumps(result, indent=1).encode())
     write_report(folder)
     return result

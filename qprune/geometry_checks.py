@@ -30,6 +30,7 @@ def _check_layer(layer: LayerGeometry) -> None:
     for key, most in (("filters", MOST), ("inputs", MOST), ("kernel", MOST), ("groups", MOST), ("positions", MOST_POSITIONS)):
         least = 1 if key in ("kernel", "groups") else 0  # what lost all filters remains where something goes around it
         _expect(_whole(getattr(layer, key), most + 1) and getattr(layer, key) >= least, f"{where} has {getattr(layer, key)!r:.80} {key}")
+    _expect(layer.filters % layer.groups == 0, f"{where} has {layer.filters} filters in {layer.groups} groups")
     _expect(layer.channels <= MOST and layer.weights < 1 << 40, f"{where} is too large")
 
 

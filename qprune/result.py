@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ Result = Mapping[str, Any]
 FORMAT = 1
 NETWORKS = ("float", "searched", "uniform")
 PRUNED, FLOAT = 0, 32
+MOST_FILTERS = 1 << 20
+_SHOWN = ("accuracy_mean", "bops", "size_bits", "w_bits", "a_bits")
 
 
 def get(item: Any, *keys: str) -> Any:
@@ -79,7 +81,7 @@ def layers_of(result: Result, run: int = 0) -> list[dict[str, Any]]:
         mean = number(get(runs_of(result)[run], "input_bits"), str(get(layer, "name"))) if policy is not None else None
         a = a if mean is None else mean
         per_filter = isinstance(w, (list, tuple))
-        listed = w if per_filter else [w] * max(1, int(number(layer, "filters") or 1))
+        listed = w if per_filter else [w] * int(min(max(1, number(layer, "filters") or 1), MOST_FILTERS))
         if isinstance(policy, Mapping) and chosen is None:
             listed, a = [FLOAT] * len(listed), float(FLOAT)
         bits = [int(b) for b in listed] if listed and all(number({"b": b}, "b") is not None for b in listed) else None
@@ -112,6 +114,29 @@ def read_result(folder: Path) -> dict[str, Any]:
     if not metrics.exists():
         raise CheckpointError(f"{folder} holds neither result.json nor metrics.jsonl; expected the folder of a run")
     return _read_metrics(metrics)
+
+
+def check_complete(result: Result, path: Path) -> None:
+    """Raise CheckpointError unless a result, read from `path`, has what is told of a finished run: a whole summary, and runs as objects."""
+    missing = next(_missing(result), None)
+    if missing is not None:
+        raise CheckpointError(f"{path} is damaged: {missing} is missing or no such value; restore the file, or run the search again")
+
+
+def _missing(result: Result) -> Iterator[str]:
+    for kind in NETWORKS:
+        yield from (f"summary.{kind}.{key}" for key in _SHOWN if number(result, "summary", kind, key) is None)
+    texts = [("verdict",), *((kind, "label") for kind in NETWORKS)]
+    yield from (f"summary.{'.'.join(keys)}" for keys in texts if not isinstance(get(result, "summary", *keys), str))
+    optional = [("search_in_float_epochs",), *((kind, "accuracy_ci95") for kind in NETWORKS)]
+    for keys in optional:
+        there = keys[-1] in (get(result, "summary", *keys[:-1]) or {})
+        if not there or (get(result, "summary", *keys) is not None and number(result, "summary", *keys) is None):
+            yield f"summary.{'.'.join(keys)}"
+    if not number(result, "summary", "float", "bops"):
+        yield "summary.float.bops"
+    if not all(isinstance(run, Mapping) for run in runs_of(result)):
+        yield "runs"
 
 
 def _read_metrics(path: Path) -> dict[str, Any]:

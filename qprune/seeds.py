@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from qprune.options import RunOptions
 from qprune.plainjson import parse
 from qprune.ranks import ALONE, Ranks
 from qprune.report import write_report
-from qprune.result import read_result
+from qprune.result import check_complete, read_result
 from qprune.resume.folder import RESULT, SEED
 from qprune.resume.session import Session, Terms, session, tidy
 from qprune.resume.signals import Stop
@@ -64,6 +65,7 @@ def finished(folder: Path) -> dict[str, Any] | None:
     if not (folder / RESULT).exists():
         return None
     result = read_result(folder)
+    check_complete(result, folder / RESULT)
     if not (folder / "report.html").exists():
         write_report(folder)
     return dict(result)
@@ -95,10 +97,15 @@ def _run(work: Session, options: RunOptions, task: Task, geometry: Geometry, wat
             {"name": g.name, "kind": g.kind, "filters": g.filters, "macs": g.macs, "weights": g.weights} for g in geometry.layers.values()
         ],
         "runs": runs,
-        "summary": summarise(runs, "bops" if "bops" in limits else next(iter(limits))),
+        "summary": summarise(runs, _measure(limits)),
     }
     ranks.from_main(_conclude, result, folder)
     return result
+
+
+def _measure(limits: Mapping[str, float]) -> str:
+    """What the verdict is about."""
+    return "bops" if "bops" in limits else next(iter(limits), "")
 
 
 def _conclude(result: dict[str, Any], folder: Path) -> None:
@@ -112,11 +119,12 @@ def _entry(place: Path) -> dict[str, Any] | None:
     try:
         place.mkdir(parents=True, exist_ok=True)
         found: dict[str, Any] = parse((place / SEED).read_text())
-        return found if {"run", "limits"} <= set(found) else None
+        summarise([found["run"]], _measure(found["limits"]))
+        return found
     except FileNotFoundError:
         return None
     except OSError as error:
         raise CheckpointError(f"cannot use {place}: {error.strerror or error}") from None
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError):  # no JSON, or none that can be summarised
         log.warning("qprune: %s is damaged; this seed is run again", place / SEED)
         return None

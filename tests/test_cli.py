@@ -111,3 +111,8 @@ def test_help_names_the_commands() -> None:
     done = qprune("--help")
     assert done.returncode == 0
     assert all(command in done.stdout for command in ("search", "train", "cost", "report"))
+
+
+def test_names_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    shared.console.print("Report: runs/[bold]x[/red] :smile:")
+    assert capsys.readouterr().out == "Report: runs/[bold]x[/red] :smile:\n"

@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from hypothesis import Phase, given, settings
-from hypothesis import strategies as st
+from fuzzing import fuzz, refused
 from mutations import ODD, changed, changed_text, damaged
 from resume_cases import Small
 from safetensors.torch import save as to_bytes
@@ -33,25 +32,6 @@ from qprune.plainyaml import MOST_BYTES
 from qprune.result import layers_of, read_result, runs_of, summary
 from qprune.resume import statefile
 from qprune.resume.folder import OPTIONS, stored_options
-
-SEEDS = st.integers(0, 2**64 - 1)
-
-
-def fuzz(examples: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """The same seeds in every run of the tests."""
-    phases = [Phase.generate]  # a smaller seed is no simpler file
-    same = settings(max_examples=examples, deadline=None, derandomize=True, database=None, phases=phases)
-    return lambda test: same(given(seed=SEEDS)(test))
-
-
-def refused(call: Callable[[], Any]) -> bool:
-    """The call raises one of qprune's errors, with a message of one line and not too long; any other error is the test's."""
-    try:
-        call()
-    except QPruneError as error:
-        assert 0 < len(str(error)) < 20_000
-        return True
-    return False
 
 
 @functools.cache

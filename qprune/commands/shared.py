@@ -9,7 +9,7 @@ import torch
 import typer
 from rich.console import Console
 
-console = Console(soft_wrap=True)
+console = Console(soft_wrap=True, markup=False, emoji=False)  # names of folders may have brackets
 Out = Annotated[Path, typer.Option(help="Folder for the results.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a run that the folder already holds.")]
 Model = Annotated[

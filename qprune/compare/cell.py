@@ -19,13 +19,13 @@ from qprune.budget import MEASURES, Budget
 from qprune.checkpoint import save
 from qprune.compare.baselines import Pruning, uniform_bits
 from qprune.compare.options import CompareOptions
+from qprune.compare.stored import RESULT, read_cell
 from qprune.conventions import CONVENTIONS
 from qprune.cost import evaluate, policy_choices
-from qprune.errors import CheckpointError, QPruneError
+from qprune.errors import QPruneError
 from qprune.experiment import Experiment, Network
 from qprune.files import write_atomically
 from qprune.options import RunOptions
-from qprune.plainjson import parse
 from qprune.policy import Policy
 from qprune.recipes import BitRecipe, recipe_for
 from qprune.search.driver import METHODS
@@ -34,7 +34,6 @@ from qprune.tasks.sources import network_of, task_of
 from qprune.tasks.train import fit
 
 _STREAM = 1_000_003  # batches after the float network's training: the same for all cells of a seed
-RESULT = "result.json"
 
 
 class Silent:
@@ -206,21 +205,3 @@ def _facts(network: Network, experiment: Experiment) -> dict[str, Any]:
     named = {("test_accuracy" if name == "accuracy" else name): value for name, value in asdict(network).items()}
     index, books = named.pop("index_bits"), named.pop("codebook_bits")
     return {**named, "size": {"values": network.size_bits, "index": index, "codebooks": books}, "usage": experiment.meter.as_dict()}
-
-
-def read_cell(folder: Path) -> dict[str, Any] | None:
-    """The result that a cell's folder holds, or None. Raises CheckpointError for a damaged one."""
-    return read_json(folder / RESULT)
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """What the file holds, None if there is none."""
-    if not path.exists():
-        return None
-    try:
-        found = parse(path.read_text())
-        if not isinstance(found, dict):
-            raise ValueError("expected an object")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged ({' '.join(str(error).split())}); delete it to go on") from None
-    return found

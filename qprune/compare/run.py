@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qprune.compare.cell import RESULT, Comparison, read_cell, read_json
+from qprune.compare.cell import Comparison
 from qprune.compare.options import CompareOptions
 from qprune.compare.page import compare_page
+from qprune.compare.stored import RESULT, read_cell, read_float
 from qprune.compare.summary import float_row, rows_of, sentence
 from qprune.compare.tables import cells_csv, markdown, table_csv
 from qprune.environment import environment
@@ -106,7 +107,7 @@ def write_results(comparison: Comparison, queue: Queue) -> dict[str, Any]:
     shown = [(budget, method) for budget in options.budgets for method in options.methods]
     places = [(budget, method, seed) for budget, method in shown for seed in seeds]
     cells = [cell for cell in (read_cell(comparison.place(*place)) for place in places) if cell is not None]
-    floats = [facts for facts in (read_json(folder / f"float-{seed}.json") for seed in seeds) if facts is not None]
+    floats = [facts for facts in (read_float(folder, seed) for seed in seeds) if facts is not None]
     limits = {budget: dict(target.limits) for budget, target in comparison.targets.items()}
     rows, first = rows_of(cells, floats, shown, limits), float_row(floats)
     lines = ([first] if first else []) + rows
@@ -138,5 +139,5 @@ def write_results(comparison: Comparison, queue: Queue) -> dict[str, Any]:
         "report.html": compare_page(result),
     }
     for name, text in written.items():
-        write_atomically(folder / name, text.encode())
+        write_atomically(folder / name, text.encode("utf-8", "replace"))
     return result

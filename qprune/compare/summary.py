@@ -46,7 +46,7 @@ def rows_of(
     found: dict[tuple[str, str], dict[int, Cell]] = {}
     for cell in cells:
         found.setdefault((cell["budget"], cell["method"]), {})[cell["seed"]] = cell
-    epoch = {cell["seed"]: _time(cell["usage"]["float"]) / cell["float_epochs"] for cell in floats}
+    epoch = {cell["seed"]: _time(cell["usage"]["float"]) / cell["float_epochs"] for cell in floats if cell["float_epochs"]}
     rows = []
     for budget, method in order:
         runs = found.get((budget, method))

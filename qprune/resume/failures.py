@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save as to_bytes
 
-from qprune.errors import CheckpointError, NonFiniteError, OutOfMemoryError
+from qprune.errors import CheckpointError, NonFiniteError, OutOfMemoryError, QPruneError
 from qprune.files import write_atomically
 from qprune.options import OptionError, RunOptions
 from qprune.ranks import RankError, is_lost
@@ -21,7 +21,8 @@ REPLAY = "nonfinite.safetensors"
 @contextmanager
 def explained(phase: Phase, options: RunOptions, seed: int) -> Iterator[None]:
     """Within, a NonFiniteError gets the file with its batch and the last good checkpoint into its message, and memory that does not suffice
-    becomes an OutOfMemoryError that names the options to change. Another rank that is gone becomes a RankError."""
+    becomes an OutOfMemoryError that names the options to change. Another rank that is gone becomes a RankError,
+    whatever a checkpoint leads to in the first step after it a CheckpointError."""
     try:
         yield
     except RankError:
@@ -39,9 +40,15 @@ def explained(phase: Phase, options: RunOptions, seed: int) -> Iterator[None]:
                 f"phase {phase.name}: another process of the run ended, or does not answer ({why}){phase.last_good()}"
             ) from error
         if not _is_memory(error):
-            raise
+            if phase.tried or isinstance(error, QPruneError):
+                raise
+            raise phase.unfit(error) from error
         what = " ".join(str(error).split())[:200] or "no memory left"
         raise OutOfMemoryError(f"phase {phase.name}: out of memory ({what}); {advice(phase.name, options)}{phase.last_good()}") from error
+    except (LookupError, TypeError, ValueError, AttributeError, AssertionError, ArithmeticError) as error:
+        if phase.tried or isinstance(error, QPruneError):
+            raise
+        raise phase.unfit(error) from error
 
 
 def _replay(error: NonFiniteError, phase: Phase, seed: int) -> str:

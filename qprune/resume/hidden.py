@@ -15,13 +15,16 @@ def hidden_state(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def load_hidden_state(model: nn.Module, state: dict[str, dict[str, Any]]) -> None:
-    """Set what `hidden_state` found in a model of the same structure. Names that are not there now are left alone."""
+    """Set what `hidden_state` found in a model of the same structure. Names that are not there now are left alone.
+    Raises TypeError for a value that an attribute cannot have."""
     for name, module in model.named_modules():
         for key, value in state.get(name, {}).items():
             if isinstance(value, Tensor):
                 old = module._buffers.get(key)
                 module._buffers[key] = value if old is None else value.to(old.device)
             elif type(module.__dict__.get(key, ())) in _PLAIN and module.__dict__[key] != value:
+                if type(value) not in _PLAIN:
+                    raise TypeError(f"{name}.{key} is a {type(value).__name__}")
                 module.__dict__[key] = value
 
 

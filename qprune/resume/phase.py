@@ -39,7 +39,8 @@ class Phase(Passes):
     needed       the loop itself is needed after its end; else only the model
 
     Made when model and loop are as the phase begins with them. Where there is a checkpoint of the phase, they are set to it, as are the
-    random numbers; `ended` tells whether it is that of the phase's end, and `earlier` what the phase took until then.
+    random numbers; `ended` tells whether it is that of the phase's end, and `earlier` what the phase took until then. `tried` is False
+    from a checkpoint to the first step after it: an error there is that of the checkpoint (`unfit`).
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Phase(Passes):
         self.ranks = ALONE if checkpoints is None else checkpoints.ranks
         self.earlier: Usage | None = None
         self.ended = False
+        self.tried = True
         self.done = 0
         self._start: dict[str, Any] | None = None
         self._left: dict[str, Any] | None = None
@@ -64,15 +66,21 @@ class Phase(Passes):
         if state is not None:
             try:
                 self._set(state)
-            except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-                why = " ".join(str(error).split())[:300]
-                raise CheckpointError(
-                    f"the checkpoint of phase {self.name} in {checkpoints.folder} does not fit this run ({why}); "
-                    "go on with the code and the versions that it began with, or begin another run"
-                ) from None
+            except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+                raise self.unfit(error) from None
+            self.tried = self.ended
         if not self.ended:
             checkpoints.forget_later()
             self.ranks.from_main(_cut, self.folder / METRICS, checkpoints.metrics)
+
+    def unfit(self, error: Exception) -> CheckpointError:
+        """What to raise for an error that the phase's checkpoint leads to."""
+        assert self.checkpoints is not None
+        why = " ".join(str(error).split())[:300]
+        return CheckpointError(
+            f"the checkpoint of phase {self.name} in {self.checkpoints.folder} does not fit this run ({why}); "
+            "go on with the code and the versions that it began with, or begin another run"
+        )
 
     def _set(self, state: dict[str, Any]) -> None:
         """Model, loop and random numbers as they were."""
@@ -106,6 +114,7 @@ class Phase(Passes):
 
     def step(self) -> None:
         """A step is done. Raises Stopped, with everything saved, if that was asked for."""
+        self.tried = True
         if self.checkpoints is not None:
             self.checkpoints.steps += 1
             if self.checkpoints.wanted():

@@ -150,17 +150,18 @@ class Queue:
         """Completed trials, in the order of the grid."""
         with database_errors(self.optuna, self.storage):
             trials = self._trials() if trials is None else trials
-        complete = [(point, trial) for point, trial in trials if trial.state == self.optuna.trial.TrialState.COMPLETE]
-        return [
-            Finished(point, trial.user_attrs["result"], trial.duration.total_seconds()) for point, trial in sorted(complete, key=_first)
-        ]
+            complete = [(point, trial) for point, trial in trials if trial.state == self.optuna.trial.TrialState.COMPLETE]
+            return [
+                Finished(point, dict(trial.user_attrs["result"]), trial.duration.total_seconds())
+                for point, trial in sorted(complete, key=_first)
+            ]
 
     def errors(self) -> dict[Point, str]:
         """The points that failed, and why."""
         with database_errors(self.optuna, self.storage):
             trials = self._trials()
         done = {point for point, trial in trials if trial.state == self.optuna.trial.TrialState.COMPLETE}
-        return {point: trial.user_attrs["error"] for point, trial in trials if "error" in trial.user_attrs and point not in done}
+        return {point: str(trial.user_attrs["error"]) for point, trial in trials if "error" in trial.user_attrs and point not in done}
 
     def close(self) -> None:
         self.database.remove_session()
@@ -191,7 +192,9 @@ class Queue:
         for trial in self.study.get_trials(deepcopy=False):
             parameters = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
             if {"policy", "seed"} <= parameters.keys():
-                found.append(((int(parameters["policy"]), int(parameters["seed"])), trial))
+                point = int(parameters["policy"]), int(parameters["seed"])
+                if point in self.known:
+                    found.append((point, trial))
         return found
 
     def _put_back(self, study: optuna.Study, trial: Any) -> None:

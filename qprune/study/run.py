@@ -12,6 +12,7 @@ from typing import Any
 from qprune.environment import environment
 from qprune.errors import StudyError
 from qprune.files import write_atomically
+from qprune.plainjson import shown
 from qprune.plainyaml import dumped
 from qprune.study.analysis import METRICS, analyse
 from qprune.study.grid import Point
@@ -23,6 +24,10 @@ from qprune.study.trial import Bench
 from qprune.study.worker import Job, run_workers
 
 FORMAT = 1
+COLUMNS = ("label", "cost", *METRICS, "val_loss", "train_loss", "float_network", "host", "pid")
+TEXTS, ACCURACIES = ("label", "float_network", "host"), ("val_accuracy", "test_accuracy")
+MOST = 1e30
+"""Of any number in a result: sums and means of such are still finite."""
 
 
 def run(
@@ -80,6 +85,8 @@ def open_folder(folder: Path, options: StudyOptions, storage: str | None) -> Non
 def write_results(options: StudyOptions, folder: Path, bench: Bench, queue: Queue) -> dict[str, Any]:
     """Write trials.csv, result.json and report.html from the trials that are complete."""
     finished, progress, errors = queue.finished(), queue.progress(), queue.errors()
+    for trial in finished:
+        _check(trial, folder)
     seconds = [trial.seconds for trial in finished]
     result = {
         "format": FORMAT,
@@ -96,19 +103,33 @@ def write_results(options: StudyOptions, folder: Path, bench: Bench, queue: Queu
         "errors": [{"label": bench.points[p].label, "seed": seed, "error": text} for (p, seed), text in sorted(errors.items())],
         **analyse(bench.points, finished, options.threshold, bench.kind.measure),
     }
-    write_atomically(folder / "trials.csv", _csv(bench.points, finished).encode())
+    write_atomically(folder / "trials.csv", _csv(bench.points, finished).encode("utf-8", "replace"))
     write_atomically(folder / "result.json", json.dumps(result, indent=1, allow_nan=False).encode())
-    write_atomically(folder / "report.html", study_page(result).encode())
+    write_atomically(folder / "report.html", study_page(result).encode("utf-8", "replace"))
     return result
 
 
+def _check(trial: Finished, folder: Path) -> None:
+    """Raise StudyError for a result that lacks what is told of a trial."""
+    for name in COLUMNS:
+        value = trial.result.get(name)
+        if not (isinstance(value, str) if name in TEXTS else _is_number(value, 1.0 if name in ACCURACIES else MOST)):
+            where = f"configuration {trial.point[0]}, seed {trial.point[1]}"
+            raise StudyError(
+                f"the result of {where} in the database of {folder} is damaged: {name} is {shown(value)}; restore the database"
+            )
+
+
+def _is_number(value: Any, most: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and not abs(value) > most
+
+
 def _csv(points: Sequence[Point], finished: Sequence[Finished]) -> str:
-    columns = ("label", "cost", *METRICS, "val_loss", "train_loss", "float_network", "host", "pid")
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(("policy", "seed", "homogeneous", *columns, "seconds"))
+    writer.writerow(("policy", "seed", "homogeneous", *COLUMNS, "seconds"))
     for trial in finished:
         result: Mapping[str, Any] = trial.result
         index, seed = trial.point
-        writer.writerow((index, seed, points[index].homogeneous, *(result[column] for column in columns), f"{trial.seconds:.3f}"))
+        writer.writerow((index, seed, points[index].homogeneous, *(result[column] for column in COLUMNS), f"{trial.seconds:.3f}"))
     return file.getvalue()

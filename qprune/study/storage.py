@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qprune.errors import StudyError
+from qprune.errors import QPruneError, StudyError
 
 _WAIT_FOR_LOCK = 60.0  # seconds
 _DRIVERS = {"postgresql://": "postgresql+psycopg2://"}  # the one of qprune[postgres]; SQLAlchemy's default differs between its versions
@@ -113,11 +113,17 @@ def database_errors(optuna: Any, storage: str) -> Iterator[None]:
 
     try:
         yield
+    except QPruneError:
+        raise
     except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
         cause = str(error.__cause__ or error).splitlines()[0]
         raise StudyError(f"the study's database {shown(storage)} cannot be used: {cause}") from None
     except ImportError as error:
         raise StudyError(f"{shown(storage)} needs a database driver ({error}): pip install 'qprune[postgres]'") from None
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RecursionError) as error:
+        # what Optuna, SQLAlchemy and json meet in rows that no Optuna wrote raises all of these
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+        raise StudyError(f"the study's database {shown(storage)} is damaged, or was changed by another program ({why})") from error
     except RuntimeError as error:
         if "optuna" not in str(error).lower():
             raise

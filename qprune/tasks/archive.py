@@ -13,19 +13,24 @@ from typing import Any
 from .order import DataError
 
 MAX_MEMBERS = 100
+MOST_ENDS = 8
 MARGIN = 2**20
 """Of bytes beside the wanted ones: headers, and files like a readme."""
 
 
 class _Limited:
-    """An unpacked stream that ends in a DataError after `limit` bytes, so that a small file cannot become a huge one."""
+    """An unpacked stream that ends in a DataError after `limit` bytes, so that a small file cannot become a huge one, and in an EOFError
+    when it is read on and on behind its end: tarfile passes over what a header announces block by block, whether it is there or not."""
 
     def __init__(self, file: Any, path: Path, limit: int) -> None:
-        self.file, self.path, self.left = file, path, limit
+        self.file, self.path, self.left, self.ends = file, path, limit, 0
 
     def read(self, size: int) -> bytes:
         content: bytes = self.file.read(size)
         self.left -= len(content)
+        self.ends += not content
+        if self.ends > MOST_ENDS:
+            raise EOFError("it ends before a member does")
         if self.left < 0:
             raise DataError(f"{self.path} unpacks to far more than the data set has; it was not made by the data set's authors")
         return content
@@ -59,7 +64,10 @@ def read_members(path: Path, wanted: Mapping[str, int]) -> dict[str, bytes]:
                 found[name] = file.read()
             while limited.read(2**20):  # to the end, where the checksum is
                 pass
-    except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
+    except DataError:
+        raise
+    # tarfile converts numbers in headers without a look at them
+    except (tarfile.TarError, zlib.error, EOFError, OSError, ValueError, TypeError, LookupError, OverflowError) as error:
         raise DataError(f"{path} cannot be read as an archive: {error or type(error).__name__}; copy it here again") from error
     missing = [name for name in wanted if name not in found]
     if missing:

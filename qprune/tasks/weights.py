@@ -44,10 +44,20 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
             f"{path} does not fit: {_listed('shapes of', shapes)}is it for another number of classes, or of input channels? For another "
             "head, load the file in a function of your own (--model module:function)"
         )
+    kinds = [f"{name} {_kind(tensors[name])}, here {_kind(value)}" for name, value in own.items() if _kind(tensors[name]) != _kind(value)]
+    if kinds:
+        raise WeightsError(f"{path} does not fit: {_listed('kinds of', kinds)}expected plain tensors of numbers of the same kind")
     bad = next((name for name, value in tensors.items() if value.is_floating_point() and not bool(torch.isfinite(value).all())), None)
     if bad is not None:
         raise WeightsError(f"{path}: {bad} has values that are not finite")
     model.load_state_dict(tensors)
+
+
+def _kind(value: Tensor) -> str:
+    """What must agree for its numbers to be copied; their precision need not."""
+    if value.layout != torch.strided or value.is_meta or value.is_quantized:
+        return "of no plain layout"
+    return "float" if value.is_floating_point() else "complex" if value.is_complex() else "whole"
 
 
 def _listed(what: str, names: list[str]) -> str:
