@@ -22,7 +22,7 @@ from qprune.plainjson import parse
 from qprune.precision import check, switched
 from qprune.ranks import ALONE, Ranks
 from qprune.resume.checkpoints import Checkpoints
-from qprune.resume.folder import RESULT, STATES, begin, check_same, held, options_in, take_up
+from qprune.resume.folder import RESULT, STATES, begin, check_same, held, options_in, record_options, take_up
 from qprune.resume.randomness import be_deterministic
 from qprune.resume.signals import Stop, Stopped
 from qprune.seeds import environment, open_folder
@@ -134,6 +134,8 @@ def _begun(options: TrainOptions, folder: Path, ranks: Ranks) -> tuple[bool, dic
     done = finished(folder)
     if done is None:
         take_up(folder, environment(options.device, ranks))
+        if options != began:
+            record_options(folder, options)
     return True, done
 
 
@@ -150,7 +152,7 @@ def _trained(experiment: Experiment) -> dict[str, Any]:
         experiment.train("float", net, options.float_epochs, options.lr)
         experiment.ranks.from_main(save, net, experiment.folder / MODEL)
         accuracies = {f"{part}_accuracy": experiment.accuracy(net, part) for part in ("test", "val")}
-    return {**accuracies, "seconds": experiment.meter.phases["float"].seconds}
+    return {**accuracies, "seconds": experiment.meter.phases["float"].seconds, "damaged_images": experiment.damaged_images()}
 
 
 def finished(folder: Path) -> dict[str, Any] | None:
