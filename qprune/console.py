@@ -30,6 +30,9 @@ class Value(ProgressColumn):
         super().__init__(Column(no_wrap=True))
         self.name = name
 
+    def is_known(self, tasks: Iterable[Task]) -> bool:
+        return any(self.name in task.fields["values"] for task in tasks)
+
     def render(self, task: Task) -> Text:
         value = task.fields["values"].get(self.name)
         return Text("" if value is None else f"{self.name} {value:.2f}" if abs(value) < 1000 else f"{self.name} {value:.1e}")
@@ -59,8 +62,9 @@ class Fitting(Progress):
         tasks = list(tasks)
         if self.place.width != self.width:
             self.left_out, self.width = 0, self.place.width
+        known = [column for column in self.all if not isinstance(column, Value) or column.is_known(tasks)]
         while True:
-            self.columns = tuple(column for column in self.all if column not in self.spare[: self.left_out])
+            self.columns = tuple(column for column in known if column not in self.spare[: self.left_out])
             table = super().make_tasks_table(tasks)
             if not tasks or self.left_out == len(self.spare) or self._width_of(table) <= self.width:
                 return table

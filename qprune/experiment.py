@@ -136,9 +136,7 @@ class Experiment:
             "searched": self.measure("searched", searched),
             "uniform": self.measure(label, uniform),
         }
-        self.damage.join(self.ranks.gathered(self.damage.state_dict()))
-        damaged = self.damage.summary()
-        self.damage.forget()  # the next seed counts its own: it may be another process that runs it
+        damaged = self.damaged_images()
         seconds = {phase: usage.seconds for phase, usage in self.meter.phases.items()}
         return {
             "seed": self.seed,
@@ -158,6 +156,13 @@ class Experiment:
             net.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         differ(self.seed, self.ranks.rank)
         return net
+
+    def damaged_images(self) -> dict[str, Any]:
+        """What images could not be read on any rank. The next seed counts its own: it may be another process that runs it."""
+        self.damage.join(self.ranks.gathered(self.damage.state_dict()))
+        found = self.damage.summary()
+        self.damage.forget()
+        return found
 
     def searched(self, net: nn.Module) -> tuple[Search, Policy, nn.Module]:
         """Search from the float network, which does not change, and fine-tune what comes out. Writes policy.json."""

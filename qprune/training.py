@@ -110,7 +110,7 @@ def _trained(experiment: Experiment) -> dict[str, Any]:
         experiment.train("float", net, options.float_epochs, options.lr)
         experiment.ranks.from_main(save, net, experiment.folder / MODEL)
         accuracies = {f"{part}_accuracy": experiment.accuracy(net, part) for part in ("test", "val")}
-    return {**accuracies, "seconds": experiment.meter.phases["float"].seconds}
+    return {**accuracies, "seconds": experiment.meter.phases["float"].seconds, "damaged_images": experiment.damaged_images()}
 
 
 def finished(folder: Path) -> dict[str, Any] | None:

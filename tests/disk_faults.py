@@ -108,7 +108,7 @@ def ended(child: int) -> int:
 
 
 def cut(folder: Path) -> dict[str, Any]:
-    assert ended(started([*WORDS["search"], str(folder / "whole")])) == 0
+    assert ended(started([*WORDS, str(folder / "whole")])) == 0
     found, part = [], folder / "parts"
     plain = [word for word in WORDS if word != "--no-onnx"]
     for number, name in enumerate(WRITES):
@@ -127,14 +127,14 @@ def full(folder: Path, outside: Path) -> dict[str, Any]:
         options = ",".join((f"size={size}k", *more))
         subprocess.run(["mount", "-t", "tmpfs", "-o", options, "disk", str(folder)], check=True)
 
-    assert ended(started([*WORDS["search"], str(outside / "whole")])) == 0
+    assert ended(started([*WORDS, str(outside / "whole")])) == 0
     size, told, errors = 8, outside / "stderr", []
     disk(size)
 
     def say() -> None:
         os.dup2(os.open(told, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
 
-    while (code := ended(started([*WORDS["search"], str(folder / "run")], say))) == 2:
+    while (code := ended(started([*WORDS, str(folder / "run")], say))) == 2:
         errors.append([size, told.read_text(), whole(folder / "run")])
         size += 48
         disk(size, "remount")

@@ -60,13 +60,13 @@ def test_a_usual_run_keeps_its_bar_at_80_columns() -> None:
 
 
 def test_what_was_left_out_stays_away_until_the_console_is_wider() -> None:
-    console = Console(file=StringIO(), width=80, soft_wrap=True)
+    console = Console(file=StringIO(), width=85, soft_wrap=True)
     with Bars(console, 1) as bars:
         bars.phase("search", 0, 100)
         bars.epoch({"val_accuracy": 1.0, "entropy": 1.0})
-        shown = [bars.progress.columns]
-        for loss in (1e200, 1.0):
-            bars.step({"loss": loss, "cost": 1e100})
+        shown = []
+        for loss in (1.0, 1e200, 1.0):
+            bars.step({"loss": loss, "cost": loss})
             bars.progress.refresh()
             shown.append(bars.progress.columns)
         assert len(shown[0]) > len(shown[1]) and shown[1] == shown[2]

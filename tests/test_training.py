@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import gc
-import json
 import os
 import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,11 @@ from test_cli import qprune
 from test_resume import Killed, Watcher
 
 from qprune.checkpoint import read
+from qprune.commands.train import train
 from qprune.console import Bars
 from qprune.errors import CheckpointError
 from qprune.experiment import Experiment
-from qprune.options import OptionError
+from qprune.options import OptionError, RunOptions
 from qprune.resume.checkpoints import Checkpoints
 from qprune.tasks.sources import task_of
 from qprune.training import TrainOptions, run
@@ -55,7 +58,7 @@ def options(**changes: Any) -> TrainOptions:
     [
         pytest.param({}, range(1, STEPS + 1), id="plain"),
         pytest.param({"amp": "bf16", "channels_last": False, "deterministic": True, "seed": 3}, (1, 6, 13), id="bf16"),
-        pytest.param({"amp": "fp16"}, (4, 5, 15), id="fp16"),
+        pytest.param({"amp": "fp16", "accumulate": 2}, (4, 5, 15), id="fp16"),
     ],
 )
 def test_goes_on_from_any_step(changes: dict[str, Any], kills: Sequence[int], tmp_path: Path) -> None:
@@ -86,15 +89,18 @@ def test_killed_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert trained(tmp_path / "parts") == trained(tmp_path / "whole")
 
 
-def test_processes_killed_at_random(tmp_path: Path) -> None:
-    words = [sys.executable, str(ROOT / "tests" / "resume_kills.py"), str(tmp_path), "10", "train"]
-    path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
-    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=600, check=False, env={**os.environ, "PYTHONPATH": path})
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert len(told["kills"]) >= 10 and "float" in told["kills"]
-    for chain in range(1, told["chains"] + 1):
-        assert trained(tmp_path / f"parts-{chain}") == trained(tmp_path / "whole")
+def test_a_process_is_killed(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "qprune", "train", "--epochs", "2", "--batch-size", "256", "--threads", "1"]
+    words += ["--checkpoint-minutes", "0.00001", "--resume", "--out"]
+    with subprocess.Popen([*words, str(tmp_path / "parts")], stdout=subprocess.DEVNULL, cwd=ROOT) as process:
+        while not list((tmp_path / "parts" / "checkpoints").glob("000000003-*")) and process.poll() is None:
+            time.sleep(0.005)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert (tmp_path / "parts" / "checkpoints").exists()
+    for name in ("parts", "whole"):
+        subprocess.run([*words, str(tmp_path / name)], stdout=subprocess.DEVNULL, cwd=ROOT, timeout=300, check=True)
+    assert trained(tmp_path / "parts") == trained(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -133,6 +139,21 @@ def test_it_is_the_float_network_of_a_search(tmp_path: Path) -> None:
     experiment.train("float", net, chosen.float_epochs, chosen.lr)
     tensors = read(tmp_path / "model.safetensors")[1]
     assert all(torch.equal(value, tensors[name]) for name, value in net.state_dict().items())
+
+
+def test_every_option_has_a_flag_and_a_place_in_a_search() -> None:
+    names = {field.name for field in fields(TrainOptions)}
+    assert names <= set(signature(train).parameters)
+    assert names - {"epochs"} <= {field.name for field in fields(RunOptions)}
+
+
+def test_parts_of_a_batch_may_change(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        run(options(), tmp_path / "run", Watcher(8), minutes=1e-9)
+    done = qprune("train", "--resume", "--out", str(tmp_path / "run"), "--accumulate", "4")
+    assert done.returncode == 0, done.stderr
+    assert trained(tmp_path / "run")["result"]["options"]["accumulate"] == 4
+    assert "accumulate: 4" in (tmp_path / "run" / "options.yaml").read_text()
 
 
 def test_folders_of_others_are_refused(tmp_path: Path) -> None:

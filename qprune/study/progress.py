@@ -40,6 +40,7 @@ class StudyBar:
         return self
 
     def __exit__(self, *exception: Any) -> None:
+        self.bar.update(self.task, visible=self.bar.tasks[0].total is not None)
         self.bar.stop()
 
     def watch(self, progress: Progress) -> None:
