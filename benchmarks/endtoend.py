@@ -47,7 +47,7 @@ TRAINED = {"float": "float epochs", "search": "search", "finetune": "fine-tuning
 
 @dataclass(frozen=True)
 class Request:
-    """batch: images of a step, over all ranks; steps: of an epoch; rounds: in which parts are timed."""
+    """batch: images of a step, over all ranks, in `accumulate` parts; steps: of an epoch; rounds: in which parts are timed."""
 
     model: str = "resnet20"
     batch: int = 64
@@ -57,17 +57,18 @@ class Request:
     device: str = "auto"
     amp: str = ""
     epochs: int = 1
+    accumulate: int = 1
     rounds: int = 7
 
     def options(self) -> RunOptions:
-        for name in ("batch", "steps", "image_size", "epochs", "rounds"):
+        for name in ("batch", "steps", "image_size", "epochs", "accumulate", "rounds"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(self, name)}")
         evaluated = max(EVALUATED, self.batch)
         images = {"image_size": self.image_size, "train": self.batch * self.steps, "val": evaluated, "test": evaluated}
         return RunOptions(
             data="synthetic", data_options=images, model=self.model, method=self.method, batch_size=self.batch, device=self.device,
-            amp=self.amp, float_epochs=self.epochs, search_epochs=self.epochs, finetune_epochs=self.epochs,
+            amp=self.amp, accumulate=self.accumulate, float_epochs=self.epochs, search_epochs=self.epochs, finetune_epochs=self.epochs,
         )  # fmt: skip
 
 
@@ -93,13 +94,14 @@ def plan_of(options: RunOptions, who: Ranks) -> Plan:
         "uniform": options.search_epochs + options.finetune_epochs,
     }  # fmt: skip
     images = options.data_options
-    return Plan(images["train"], options.batch_size, epochs, images["val"], who.count)
+    return Plan(images["train"], options.batch_size, epochs, images["val"], who.count, accumulate=options.accumulate)
 
 
 def added(memory: Memory, options: RunOptions, who: Ranks, phase: str) -> float:
     """Bytes that training of a phase adds to what is there when it begins: the model is. An evaluation may take more than a step."""
     name = PHASES[phase]
-    found = scale.memory(memory.sizes[name], options.batch_size / who.count, who.count, 2 if AMP[options.amp] else 4)
+    images = options.batch_size / who.count / options.accumulate
+    found = scale.memory(memory.sizes[name], images, who.count, 2 if AMP[options.amp] else 4)
     step = sum(size for part, size in found.items() if part != "weights")
     return max(step, found["gradients"] + found["optimizer"] + memory.evaluated[name] * EVALUATED / who.count)
 
@@ -159,7 +161,7 @@ def measure(request: Request, who: Ranks, folder: Path) -> Found:
 
 def table_of_parts(found: Found, options: RunOptions, who: Ranks) -> Table:
     """What was measured alone."""
-    parts, images = found.parts, options.batch_size // who.count
+    parts, images = found.parts, options.batch_size // who.count // options.accumulate
     table = Table(title="parts", title_justify="left")
     for column in ("part", "measured"):
         table.add_column(column, justify="left" if column == "part" else "right")
@@ -196,8 +198,8 @@ def run(request: Request, out: Path | None, told: Callable[[Any], object] | None
     """Measure, print on the first rank, write JSON there."""
     told = told or Console(soft_wrap=True).print
     with ranks.joined() as who, tempfile.TemporaryDirectory() as place:
-        if request.batch % who.count:
-            raise InputError(f"--batch: expected a multiple of the {who.count} ranks, got {request.batch}")
+        if request.batch % (who.count * request.accumulate):
+            raise InputError(f"--batch: expected a multiple of {who.count} ranks x {request.accumulate} parts, got {request.batch}")
         options = request.options()
         kind = device_of(options.device).type
         described = machine.describe(kind) | {"ranks": who.count}

@@ -65,12 +65,15 @@ class Rounds:
 
 
 class Subject:
-    """The three networks of a run of these options and what trains them, on one rank and without the others."""
+    """The three networks of a run of these options and what trains them, on one rank and without the others.
+
+    count  images that a rank computes at once; few: half of them
+    """
 
     def __init__(self, options: RunOptions, task: Task, who: Ranks) -> None:
         self.options, self.device, self.who = options, device_of(options.device), who
         self.task = task.to(self.device)
-        self.count = options.batch_size // who.count
+        self.count = options.batch_size // who.count // options.accumulate
         self.few = max(1, self.count // 2)
 
     def make(self, rounds: Rounds) -> None:
