@@ -56,6 +56,8 @@ def test_numbers_must_be_positive(name: str) -> None:
 
 def test_errors_are_relative_to_what_was_measured() -> None:
     assert Line("a", "s", 3.0, 4.0).error == -0.25 and Line("a", "s", 1.0, 0.0).error == 0.0
+    slowed = Line("a", "s", 3.0, 4.0, share=0.75)  # by other programs: it computed for 3 s
+    assert slowed.error == -0.25 and slowed.error_of_processor_time == 0.0
 
 
 def test_a_batch_must_have_equal_parts() -> None:
