@@ -47,7 +47,7 @@ TRAINED = {"float": "float epochs", "search": "search", "finetune": "fine-tuning
 
 @dataclass(frozen=True)
 class Request:
-    """batch: images of a step, over all ranks; steps: of an epoch; rounds: in which parts are timed."""
+    """batch: images of a step, over all ranks, in `accumulate` parts; steps: of an epoch; rounds: in which parts are timed."""
 
     model: str = "resnet20"
     batch: int = 64
@@ -57,34 +57,42 @@ class Request:
     device: str = "auto"
     amp: str = ""
     epochs: int = 1
+    accumulate: int = 1
     rounds: int = 7
 
     def options(self) -> RunOptions:
-        for name in ("batch", "steps", "image_size", "epochs", "rounds"):
+        for name in ("batch", "steps", "image_size", "epochs", "accumulate", "rounds"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(self, name)}")
         evaluated = max(EVALUATED, self.batch)
         images = {"image_size": self.image_size, "train": self.batch * self.steps, "val": evaluated, "test": evaluated}
         return RunOptions(
             data="synthetic", data_options=images, model=self.model, method=self.method, batch_size=self.batch, device=self.device,
-            amp=self.amp, float_epochs=self.epochs, search_epochs=self.epochs, finetune_epochs=self.epochs,
+            amp=self.amp, accumulate=self.accumulate, float_epochs=self.epochs, search_epochs=self.epochs, finetune_epochs=self.epochs,
         )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Line:
-    """predicted, measured: seconds or bytes; steps of the phase, where it has any."""
+    """predicted, measured: seconds or bytes; steps of the phase, where it has any; share: of a processor that the process had per thread,
+    in the run divided by while the parts were measured. It is below 1 if other programs took more of the machine during the run."""
 
     name: str
     unit: str
     predicted: float
     measured: float
     steps: int = 0
+    share: float = 1.0
 
     @property
     def error(self) -> float:
         """(predicted - measured) / measured."""
         return (self.predicted - self.measured) / self.measured if self.measured else 0.0
+
+    @property
+    def error_of_processor_time(self) -> float:
+        """The same of the time that the process computed."""
+        return self.predicted / (self.share * self.measured) - 1 if self.measured else 0.0
 
 
 def plan_of(options: RunOptions, who: Ranks) -> Plan:
@@ -93,24 +101,25 @@ def plan_of(options: RunOptions, who: Ranks) -> Plan:
         "uniform": options.search_epochs + options.finetune_epochs,
     }  # fmt: skip
     images = options.data_options
-    return Plan(images["train"], options.batch_size, epochs, images["val"], who.count)
+    return Plan(images["train"], options.batch_size, epochs, images["val"], who.count, accumulate=options.accumulate)
 
 
 def added(memory: Memory, options: RunOptions, who: Ranks, phase: str) -> float:
     """Bytes that training of a phase adds to what is there when it begins: the model is. An evaluation may take more than a step."""
     name = PHASES[phase]
-    found = scale.memory(memory.sizes[name], options.batch_size / who.count, who.count, 2 if AMP[options.amp] else 4)
+    images = options.batch_size / who.count / options.accumulate
+    found = scale.memory(memory.sizes[name], images, who.count, 2 if AMP[options.amp] else 4)
     step = sum(size for part, size in found.items() if part != "weights")
     return max(step, found["gradients"] + found["optimizer"] + memory.evaluated[name] * EVALUATED / who.count)
 
 
-def whole(options: RunOptions, task: Task, folder: Path, who: Ranks) -> tuple[float, dict[str, Usage]]:
-    """Seconds of a run, and what its phases took."""
-    started = time.perf_counter()
+def whole(options: RunOptions, task: Task, folder: Path, who: Ranks) -> tuple[float, float, dict[str, Usage]]:
+    """Seconds of a run, its processor time, and what its phases took."""
+    started, cpu = time.perf_counter(), time.process_time()
     checkpoints = Checkpoints(folder / "states", ranks=who)
     experiment = Experiment(options, task, options.seed, folder, Several([]), checkpoints=checkpoints, ranks=who)
     experiment.run()
-    return time.perf_counter() - started, experiment.meter.phases
+    return time.perf_counter() - started, time.process_time() - cpu, experiment.meter.phases
 
 
 @dataclass(frozen=True)
@@ -137,20 +146,29 @@ def measure(request: Request, who: Ranks, folder: Path) -> Found:
             subject.make(Rounds())
             memory = parts.memory_of(subject)
         short = replace(request, steps=2, epochs=1).options()
-        taken = whole(short, task_of(short), folder / "short", who)[1] if cpu else {}
+        taken = whole(short, task_of(short), folder / "short", who)[2] if cpu else {}
     half = math.ceil(request.rounds / 2)
     with switched(options):
         parts.time_all(subject, rounds, half, folder)
-    seconds, phases = whole(options, task, folder / "whole", who)
+    seconds, processor, phases = whole(options, task, folder / "whole", who)
     with switched(options):
         parts.time_all(subject, rounds, half, folder)
         link = allreduce.measure(who, subject.device)
     found = parts.parts_of(subject, rounds, link)
     plan = plan_of(options, who)
     predicted = scale.run(found, plan)
-    lines = [Line(TRAINED[name], "s", predicted[name], phases[name].seconds, plan.epochs[name] * plan.steps) for name in phases]
-    lines.append(Line("all else", "s", predicted["once"], seconds - sum(usage.seconds for usage in phases.values())))
-    lines.append(Line("total", "s", predicted["total"], seconds))
+    usual = rounds.processor / rounds.wall
+
+    def line(name: str, predicted: float, seconds: float, processor: float, steps: int = 0) -> Line:
+        return Line(name, "s", predicted, seconds, steps, processor / seconds / usual if cpu and seconds else 1.0)
+
+    lines = [
+        line(TRAINED[name], predicted[name], usage.seconds, usage.cpu_seconds, plan.epochs[name] * plan.steps)
+        for name, usage in phases.items()
+    ]
+    within = [sum(getattr(usage, name) for usage in phases.values()) for name in ("seconds", "cpu_seconds")]
+    lines.append(line("all else", predicted["once"], seconds - within[0], processor - within[1]))
+    lines.append(line("total", predicted["total"], seconds, processor))
     for name, usage in (taken or phases).items():
         if usage.before:
             lines.append(Line(f"memory of {TRAINED[name]}", "B", added(memory, options, who, name), usage.memory - usage.before))
@@ -159,7 +177,7 @@ def measure(request: Request, who: Ranks, folder: Path) -> Found:
 
 def table_of_parts(found: Found, options: RunOptions, who: Ranks) -> Table:
     """What was measured alone."""
-    parts, images = found.parts, options.batch_size // who.count
+    parts, images = found.parts, options.batch_size // who.count // options.accumulate
     table = Table(title="parts", title_justify="left")
     for column in ("part", "measured"):
         table.add_column(column, justify="left" if column == "part" else "right")
@@ -184,11 +202,12 @@ def table_of_parts(found: Found, options: RunOptions, who: Ranks) -> Table:
 
 def table_of_lines(lines: Sequence[Line]) -> Table:
     table = Table(title="a whole run, predicted from the parts and measured", title_justify="left")
-    for column in ("", "steps", "predicted", "measured", "error"):
+    for column in ("", "steps", "predicted", "measured", "error", "of processor time"):
         table.add_column(column, justify="right" if column else "left")
     for line in lines:
         values = [f"{v:.1f} s" if line.unit == "s" else f"{v / 1e6:.1f} MB" for v in (line.predicted, line.measured)]
-        table.add_row(line.name, str(line.steps or ""), *values, f"{line.error:+.1%}")
+        computed = f"{line.error_of_processor_time:+.1%}" if line.unit == "s" else ""
+        table.add_row(line.name, str(line.steps or ""), *values, f"{line.error:+.1%}", computed)
     return table
 
 
@@ -196,8 +215,8 @@ def run(request: Request, out: Path | None, told: Callable[[Any], object] | None
     """Measure, print on the first rank, write JSON there."""
     told = told or Console(soft_wrap=True).print
     with ranks.joined() as who, tempfile.TemporaryDirectory() as place:
-        if request.batch % who.count:
-            raise InputError(f"--batch: expected a multiple of the {who.count} ranks, got {request.batch}")
+        if request.batch % (who.count * request.accumulate):
+            raise InputError(f"--batch: expected a multiple of {who.count} ranks x {request.accumulate} parts, got {request.batch}")
         options = request.options()
         kind = device_of(options.device).type
         described = machine.describe(kind) | {"ranks": who.count}
@@ -210,7 +229,7 @@ def run(request: Request, out: Path | None, told: Callable[[Any], object] | None
         told(table_of_lines(found.lines))
         if out is not None:
             described["load after"] = round(os.getloadavg()[0], 2)
-            rows = [{**asdict(line), "error": line.error} for line in found.lines]
+            rows = [{**asdict(line), "error": line.error, "error of processor time": line.error_of_processor_time} for line in found.lines]
             tables.write_json(
                 out, rows, described, command, request=asdict(request), parts=parts.as_dict(found.parts, found.memory, found.rounds)
             )

@@ -48,10 +48,11 @@ DRIVEN = 4
 
 
 class Rounds:
-    """Seconds of everything that was timed, by name."""
+    """Seconds of everything that was timed, by name; wall, processor: what the steps took in all."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, list[float]] = defaultdict(list)
+        self.wall = self.processor = 0.0
 
     def of(self, name: str, function: Callable[[], Any]) -> Any:
         """Call, and note how long that takes."""
@@ -65,12 +66,15 @@ class Rounds:
 
 
 class Subject:
-    """The three networks of a run of these options and what trains them, on one rank and without the others."""
+    """The three networks of a run of these options and what trains them, on one rank and without the others.
+
+    count  images that a rank computes at once; few: half of them
+    """
 
     def __init__(self, options: RunOptions, task: Task, who: Ranks) -> None:
         self.options, self.device, self.who = options, device_of(options.device), who
         self.task = task.to(self.device)
-        self.count = options.batch_size // who.count
+        self.count = options.batch_size // who.count // options.accumulate
         self.few = max(1, self.count // 2)
 
     def make(self, rounds: Rounds) -> None:
@@ -142,7 +146,11 @@ def time_all(subject: Subject, rounds: Rounds, times: int, folder: Path) -> None
     subject.make(rounds)
     sizes = sorted({subject.few, subject.count})
     functions = {f"{name} {size}": subject.step(name, size) for name in NETWORKS for size in sizes}
-    for name, seconds in alternate(functions, times, subject.device.type, least=0.0).rounds.items():
+    started, cpu = time.perf_counter(), time.process_time()
+    timings = alternate(functions, times, subject.device.type, least=0.0)
+    rounds.wall += time.perf_counter() - started
+    rounds.processor += time.process_time() - cpu
+    for name, seconds in timings.rounds.items():
         rounds.seconds[name] += seconds
     rounds.seconds["driver"] += _driver(subject, functions[f"float {subject.count}"], times)
     final = rounds.of("once: finish", lambda: subject.recipe.finish(subject.search, subject.search.policy(), subject.batches))
@@ -266,8 +274,9 @@ def most(function: Callable[[], object], net: nn.Module) -> int:
 @contextmanager
 def freed_at_once(on: bool) -> Iterator[None]:
     """Within, glibc returns tensors of a megabyte and more to the system when they are freed, so that resident memory is what tensors take.
-    Steps are slow meanwhile. Good for nothing once a process has freed much: what lies free in it is used first. Afterwards glibc keeps
-    what is below 32 MB, as it comes to by itself. Elsewhere nothing changes."""
+    Steps are slow meanwhile. It is of no use once a process has freed much: what lies free in it is used first. Afterwards glibc keeps all
+    that is freed of tensors below 32 MB: left to itself it gives some back by chance, in some steps and not in others, and asking for it
+    again takes a tenth of a step and more. Elsewhere nothing changes."""
     if not on or sys.platform != "linux":
         yield
         return
@@ -277,7 +286,7 @@ def freed_at_once(on: bool) -> Iterator[None]:
         yield
     finally:
         set_option(mmap_threshold, 32 << 20)
-        set_option(trim_threshold, 64 << 20)
+        set_option(trim_threshold, 2**31 - 1)
 
 
 def as_dict(parts: Parts, memory: Memory, rounds: Rounds) -> dict[str, Any]:

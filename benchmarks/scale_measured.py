@@ -35,17 +35,21 @@ def runs(folder: Path = RESULTS) -> str:
         size = f"{request['image_size']} x {request['image_size']}"
         title = f"{request['model']}, {size}, batch {request['batch']}, {request['method']}" + (f", {ranks} processes" if ranks > 1 else "")
         lines = [
-            [name, str(row["steps"] or ""), *_pair(row), f"{row['error']:+.1%}"]
+            [name, str(row["steps"] or ""), *_pair(row), f"{row['error']:+.1%}", _computed(row)]
             for name, row in rows.items()
             if name in TIMES or name.startswith("memory")
         ]
-        table = markdown_table(("", "steps", "predicted", "measured", "error"), lines, left=("",))
+        table = markdown_table(("", "steps", "predicted", "measured", "error", "of processor time"), lines, left=("",))
         texts.append(f"{title} ([file](../benchmarks/results/{path.name}); {_where(found['machine'])}):\n\n{table}")
     return "\n\n".join(texts)
 
 
 def _pair(row: Mapping[str, Any]) -> list[str]:
     return [f"{v:.1f} s" if row["unit"] == "s" else f"{v / 1e6:.1f} MB" for v in (row["predicted"], row["measured"])]
+
+
+def _computed(row: Mapping[str, Any]) -> str:
+    return f"{row['error of processor time']:+.1%}" if row["unit"] == "s" else ""
 
 
 def driver(folder: Path = RESULTS) -> str:

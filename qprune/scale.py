@@ -97,7 +97,8 @@ class Parts:
 class Plan:
     """What is run: images of a training pass and of an evaluation after each, images of a step over all ranks, epochs of every phase.
 
-    minutes  between checkpoints within an epoch; 0: none. There is one at the end of every epoch and of every phase
+    minutes     between checkpoints within an epoch; 0: none. There is one at the end of every epoch and of every phase
+    accumulate  parts of a rank's images that are computed one after the other; gradients are summed over the ranks during the last
     """
 
     images: int
@@ -106,6 +107,7 @@ class Plan:
     evaluated: int = 0
     ranks: int = 1
     minutes: float = 10.0
+    accumulate: int = 1
 
     @property
     def steps(self) -> int:
@@ -176,14 +178,14 @@ def step(parts: Parts, plan: Plan, phase: str, images: float | None = None) -> S
     """One step of a phase; images: of a rank, if not those of the plan."""
     images = plan.per_rank if images is None else images
     cost, size = parts.step[phase], parts.gradients.get(phase, 0.0)
-    computing = cost.seconds(images)
+    part = cost.seconds(images / plan.accumulate)
     calls = math.ceil(size / BUCKET)
     summed = parts.link.all_reduce(size, plan.ranks, calls)
     last = parts.link.all_reduce(size / max(calls, 1), plan.ranks)  # the bucket of the first layers is full when the backward pass ends
-    shown = max(summed - cost.backward * computing, last if calls else 0.0)
+    shown = max(summed - cost.backward * part, last if calls else 0.0)
     shown += parts.agreements * parts.link.all_reduce(0, plan.ranks)
     loading = parts.loading * images / max(parts.workers, 1)
-    return StepTime(computing, shown, parts.driver, loading, parts.workers > 0, 0 < cost.host == computing)
+    return StepTime(plan.accumulate * part, shown, parts.driver, loading, parts.workers > 0, 0 < cost.host == part)
 
 
 def phase(parts: Parts, plan: Plan, name: str) -> PhaseTime:
@@ -228,7 +230,7 @@ class Size:
 
 
 def memory(size: Size, images: float, ranks: int = 1, item: int = NUMBER) -> dict[str, float]:
-    """Bytes of one rank by part, in training with so many images in a step; item: bytes of an activation.
+    """Bytes of one rank by part, in training with so many images at once; item: bytes of an activation.
 
     Three batches of images are there: that of the step, the one that is copied meanwhile, and the one before it. With several ranks
     gradients are there twice, in the parameters and in the buckets that are summed.

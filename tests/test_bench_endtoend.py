@@ -48,7 +48,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["parts"]["gradients"]["search"] > found["parts"]["gradients"]["float"]
 
 
-@pytest.mark.parametrize("name", ["batch", "steps", "image_size", "epochs"])
+@pytest.mark.parametrize("name", ["batch", "steps", "image_size", "epochs", "accumulate"])
 def test_numbers_must_be_positive(name: str) -> None:
     with pytest.raises(InputError, match=f"--{name.replace('_', '-')}: expected at least 1, got 0"):
         Request(**{name: 0}).options()
@@ -56,6 +56,13 @@ def test_numbers_must_be_positive(name: str) -> None:
 
 def test_errors_are_relative_to_what_was_measured() -> None:
     assert Line("a", "s", 3.0, 4.0).error == -0.25 and Line("a", "s", 1.0, 0.0).error == 0.0
+    slowed = Line("a", "s", 3.0, 4.0, share=0.75)  # by other programs: it computed for 3 s
+    assert slowed.error == -0.25 and slowed.error_of_processor_time == 0.0
+
+
+def test_a_batch_must_have_equal_parts() -> None:
+    with pytest.raises(InputError, match="--batch: expected a multiple of 1 ranks x 3 parts, got 4"):
+        endtoend.run(Request(batch=4, accumulate=3), None, lambda text: None)
 
 
 def test_an_evaluation_can_take_more_memory_than_a_step() -> None:

@@ -77,6 +77,15 @@ def test_the_backward_pass_hides_communication_but_for_the_last_bucket() -> None
     assert slow.dominant == "communication"
 
 
+def test_parts_of_a_batch_are_computed_one_after_the_other() -> None:
+    plan = Plan(1000, 400, {}, ranks=4, accumulate=2)
+    found = scale.step(PARTS, plan, "search")
+    assert found.computing == pytest.approx(2 * (0.02 + 0.002 * 50))
+    summed = 4 * 2e-3 + 1.5 * 0.1
+    assert found.communication == pytest.approx(summed - 0.5 * 0.12 + 2 * 2e-3)  # hidden by the backward pass of the last part alone
+    assert found.loading == pytest.approx(0.1)
+
+
 def test_a_host_that_launches_slowly_bounds_the_step() -> None:
     cost = StepCost(0.01, 0.001, host=0.05)
     parts = replace(PARTS, step={"float": cost}, workers=100)

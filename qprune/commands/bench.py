@@ -38,6 +38,7 @@ def bench(
     image_size: Annotated[int, typer.Option(help="--end-to-end: pixels of a side.")] = 32,
     steps: Annotated[int, typer.Option(help="--end-to-end: of an epoch.")] = 20,
     epochs: Annotated[int, typer.Option(help="--end-to-end: of float training, of the search and of fine-tuning.")] = 1,
+    accumulate: Annotated[int, typer.Option(help="--end-to-end: parts that a batch is split into.")] = 1,
     amp: Annotated[str, typer.Option(help="--end-to-end: bf16 or fp16.")] = "",
 ) -> None:
     """Check and time the kernels against eager PyTorch, torch.compile and plain convolutions; or a whole search on made-up data."""
@@ -51,8 +52,11 @@ def bench(
     if end_to_end:
         from qprune.benchmarks import endtoend
 
-        rounds = 2 if quick else endtoend.Request.rounds
-        whole = endtoend.Request(model, batch or endtoend.Request.batch, steps, image_size, method, device or "auto", amp, epochs, rounds)
+        usual = endtoend.Request()
+        whole = endtoend.Request(
+            model, batch or usual.batch, steps, image_size, method, device or usual.device, amp, epochs, accumulate,
+            2 if quick else usual.rounds,
+        )  # fmt: skip
         raise typer.Exit(endtoend.run(whole, out, shared.console.print, command))
     request = Request(
         words("--kernel", kernel), words("--shapes", shapes), numbers("--w-bits", w_bits), numbers("--a-bits", a_bits), dtype,
