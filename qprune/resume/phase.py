@@ -77,10 +77,10 @@ class Phase(Passes):
         """What to raise for an error that the phase's checkpoint leads to."""
         assert self.checkpoints is not None
         why = " ".join(str(error).split())[:300]
-        return CheckpointError(
-            f"the checkpoint of phase {self.name} in {self.checkpoints.folder} does not fit this run ({why}); "
-            "go on with the code and the versions that it began with, or begin another run"
-        )
+        what = f"the checkpoint of phase {self.name} in {self.checkpoints.folder} does not fit this run"
+        if not self.tried:
+            what, why = f"{what}, or the run is at fault: the first step failed", f"{type(error).__name__}: {why}"
+        return CheckpointError(f"{what} ({why}); go on with the code and the versions that it began with, or begin another run")
 
     def _set(self, state: dict[str, Any]) -> None:
         """Model, loop and random numbers as they were."""
