@@ -21,8 +21,7 @@ from typing import Any
 
 import resume_cases
 import torch
-from resume_kills import WORDS as COMMANDS
-from resume_kills import _Patch, started, warm_up
+from resume_kills import WORDS, _Patch, started, warm_up
 
 from qprune import seeds
 from qprune.checkpoint import read
@@ -31,7 +30,6 @@ from qprune.result import read_result
 from qprune.resume.folder import stored_options
 from qprune.resume.statefile import read_state
 
-WORDS = COMMANDS["search"]
 WRITES = (
     "environment.json", "options.yaml", "000000003-float", "metrics.jsonl", "000000005-float-end", "policy.json", "000000017-finetune",
     "model.safetensors", "seed.json", "result.json", "report.html", "model.onnx", "result.json",

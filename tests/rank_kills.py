@@ -33,7 +33,7 @@ def pair(folder: Path) -> list[int]:
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             os.environ.update({name: str(value) for name, value in place.items()})
 
-        return resume_kills.started([*resume_kills.WORDS["search"], str(folder), *WORDS], prepare)
+        return resume_kills.started([*resume_kills.WORDS, str(folder), *WORDS], prepare)
 
     return [as_rank(0), as_rank(1)]
 

@@ -1,4 +1,4 @@
-"""A run as the command line makes it, killed again and again: python resume_kills.py FOLDER KILLS [COMMAND]. Prints what it did as JSON.
+"""A run as the command line makes it, killed again and again: python resume_kills.py FOLDER KILLS. Prints what it did as JSON.
 
 Processes are forked from one that has imported everything: importing torch would take longer than the run.
 """
@@ -21,15 +21,11 @@ import torch
 from qprune import cli, seeds
 from qprune.recipes import recipe_for
 
-COMMON = ["--batch-size", "16", "--threads", "1", "--checkpoint-minutes", "0.00001", "--resume", "--out"]
-WORDS = {
-    "search": [
-        "search", "--method", "edmips", "--w-bits", "0,2,4", "--granularity", "filter", "--float-epochs", "1", "--search-epochs", "2",
-        "--finetune-epochs", "1", "--no-onnx", *COMMON,
-    ],
-    "train": ["train", "--epochs", "3", *COMMON],
-}  # fmt: skip
-PHASES = {"search": {"float", "search", "finetune", "uniform", "report"}, "train": {"float"}}
+WORDS = [
+    "search", "--method", "edmips", "--w-bits", "0,2,4", "--granularity", "filter", "--float-epochs", "1", "--search-epochs", "2",
+    "--finetune-epochs", "1", "--no-onnx", "--batch-size", "16", "--threads", "1", "--checkpoint-minutes", "0.00001", "--resume", "--out",
+]  # fmt: skip
+PHASES = {"float", "search", "finetune", "uniform", "report"}
 
 
 class _Patch:
@@ -84,22 +80,22 @@ def warm_up() -> None:
     gc.freeze()
 
 
-def main(folder: Path, kills: int, command: str) -> None:
+def main(folder: Path, kills: int) -> None:
     torch.set_num_threads(1)
     write_report = seeds.write_report
     resume_cases.patch(_Patch)
     seeds.write_report = write_report
     warm_up()
     begun = time.monotonic()
-    assert os.waitstatus_to_exitcode(os.waitpid(started([*WORDS[command], str(folder / "whole")]), 0)[1]) == 0
+    assert os.waitstatus_to_exitcode(os.waitpid(started([*WORDS, str(folder / "whole")]), 0)[1]) == 0
     whole, dice = time.monotonic() - begun, random.Random(3)
     done: list[str] = []
     chain = 0
-    while len(done) < kills or not set(done) >= PHASES[command]:
+    while len(done) < kills or not set(done) >= PHASES:
         chain, part = chain + 1, folder / f"parts-{chain + 1}"
         code = -9
         while code == -9:
-            child = started([*WORDS[command], str(part)])
+            child = started([*WORDS, str(part)])
             begun, first, more = time.monotonic(), steps_of(part), dice.choice((0, 1, 1, 2, 3))
             # after some steps, or at any moment of the first, or of what comes before and after training
             while time.monotonic() - begun < max(2 * whole, 20.0) and steps_of(part) < first + more:
@@ -119,4 +115,4 @@ def main(folder: Path, kills: int, command: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] if len(sys.argv) > 3 else "search")
+    main(Path(sys.argv[1]), int(sys.argv[2]))

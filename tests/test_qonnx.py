@@ -101,7 +101,6 @@ def quants(path: Path) -> list[tuple[int, int, int]]:
         ("resnet8", (0, 3, 32), True),
         ("thin_resnet", BITS, False),
         ("resnet20", (2, 3, 5, 32), False),
-        ("resnet56", (4, 32), False),  # untrained and so deep, it makes one code that flips at 8 bits a difference of 5 %
         ("mobilenet", (4, 8), False),
     ],
 )
