@@ -69,13 +69,6 @@ def test_zur(zur: tuple[Path, dict[str, Any]]) -> None:
     assert set(history["expected"]) == set(policy.layers) and 0.9 < history["entropy"] <= 1
 
 
-def test_zur_same_seed_same_result(zur: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    chosen = RunOptions(**{**zur[1]["options"], "pairs": ((2, 2), (2, 4), (4, 4)), "w_bits": (2, 3, 4, 6), "a_bits": (2, 3, 4, 6)})
-    again = run(chosen, tmp_path / "again", Silent())
-    first, second = ({k: v for k, v in result["runs"][0].items() if k != "seconds"} for result in (zur[1], again))
-    assert first == second
-
-
 def test_zur_with_weights_of_their_own(tmp_path: Path) -> None:
     chosen = options(method="zur", pairs=((2, 2), (4, 4)), method_options={"samples": 2, "shared_weights": False})
     assert not chosen.space().shared_weights

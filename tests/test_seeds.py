@@ -182,12 +182,6 @@ def test_uniform_trains_as_long_as_search_and_finetuning(finished: tuple[Path, d
     assert networks["uniform"]["label"] == "uniform w2a3"
 
 
-def test_same_seed_same_result(tmp_path: Path) -> None:
-    results = [run(tiny(method=method), tmp_path / f"{i}", Silent()) for i, method in enumerate(["darts", "darts"])]
-    first, second = ({k: v for k, v in result["runs"][0].items() if k != "seconds"} for result in results)
-    assert first == second
-
-
 def test_a_folder_is_not_overwritten_unasked(finished: tuple[Path, dict[str, Any], Silent]) -> None:
     folder, _, _ = finished
     with pytest.raises(CheckpointError, match="already holds a run; go on with it"):
