@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,18 +16,15 @@ from torch import Tensor, nn
 
 from qprune.budget import Budget
 from qprune.checkpoint import save
-from qprune.cost import Cost, geometry_of
 from qprune.cost import cost as cost_of
 from qprune.errors import CheckpointError
-from qprune.geometry import Geometry
+from qprune.measured import Network, described
 from qprune.nn.codebook import CodebookRefresh, codebook_layers
 from qprune.options import RunOptions
-from qprune.overhead import overhead
 from qprune.policy import Policy
 from qprune.precision import AMP, Contiguous, compiled, device_of, switched, synchronised
 from qprune.ranks import ALONE, Ranks
 from qprune.recipes import Recipe, recipe_for
-from qprune.record import record_of
 from qprune.resume.checkpoints import Checkpoints
 from qprune.resume.failures import explained
 from qprune.resume.phase import METRICS, Phase
@@ -36,7 +33,6 @@ from qprune.search.alternate import alternate
 from qprune.search.driver import METHODS, Search
 from qprune.search.method import StepResult
 from qprune.search.zur import Zur
-from qprune.stored import layer_bits, stored_sizes
 from qprune.tasks.damage import damage_of
 from qprune.tasks.sources import network_of
 from qprune.tasks.task import Batches, Part, Task
@@ -62,26 +58,6 @@ class Watcher(Protocol):
 
     def epoch(self, values: Mapping[str, Any]) -> None:
         """One epoch is done."""
-
-
-@dataclass(frozen=True)
-class Network:
-    """A measured network: accuracies in 0 … 1 (test once, at the end), cost per sample, mean bits of its layers weighted by weights.
-
-    size_bits       of the weights that remain, as budgets count them
-    index_bits      what a file needs to tell where these are, and codebook_bits what their codes mean (see qprune.overhead)
-    """
-
-    label: str
-    accuracy: float
-    val_accuracy: float
-    bops: float
-    macs: float
-    size_bits: float
-    w_bits: float
-    a_bits: float
-    index_bits: int
-    codebook_bits: int
 
 
 class Experiment:
@@ -314,27 +290,5 @@ class Experiment:
             raise CheckpointError(f"cannot write {path}: {error.strerror or error}{phase.last_good()}") from None
 
     def measure(self, label: str, net: nn.Module) -> Network:
-        """Accuracies and cost. What networks with codebooks cost is told by the bits of their layers: every weight of a filter that is not
-        gone counts for bit operations, the weights in the mask for the size."""
-        known, books = record_of(net) is not None, {name: layer_bits(layer) for name, layer in codebook_layers(net)}
-        geometry = geometry_of(net, None if known else self.example)
-        cost = cost_of(net, None if known else self.example, self.options.convention, Policy(books, geometry) if books else None)
-        return Network(
-            label,
-            self.accuracy(net, "test"),
-            self.accuracy(net, "val"),
-            float(cost.bops),
-            float(cost.macs),
-            float(stored_sizes(net).total.values if books else cost.size_bits),
-            *_mean_bits(cost, geometry),
-            *overhead(net).values(),
-        )
-
-
-def _mean_bits(cost: Cost, geometry: Geometry) -> tuple[float, float]:
-    """Mean weight bits over weights, and mean activation bits over multiplications."""
-    weights = {name: layer.weights for name, layer in geometry.layers.items()}
-    macs = {name: layer.macs for name, layer in geometry.layers.items()}
-    w = sum(float(row.w_bits) * weights[row.name] for row in cost.rows) / sum(weights.values())
-    a = sum(float(row.a_bits) * macs[row.name] for row in cost.rows) / max(sum(macs.values()), 1)
-    return w, a
+        accuracies = self.accuracy(net, "test"), self.accuracy(net, "val")
+        return described(label, net, self.example, self.options.convention, *accuracies)

@@ -23,8 +23,9 @@ from qprune.compare.stored import RESULT, read_cell
 from qprune.conventions import CONVENTIONS
 from qprune.cost import evaluate, policy_choices
 from qprune.errors import QPruneError
-from qprune.experiment import Experiment, Network
+from qprune.experiment import Experiment
 from qprune.files import write_atomically
+from qprune.measured import Network
 from qprune.options import RunOptions
 from qprune.policy import Policy
 from qprune.recipes import BitRecipe, recipe_for
