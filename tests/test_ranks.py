@@ -12,7 +12,7 @@ from ranks import be_one_of_two, two_ranks
 from torch import Tensor, nn
 
 import qprune
-from qprune.errors import BackendError, NonFiniteError
+from qprune.errors import BackendError, InputError, NonFiniteError
 from qprune.options import RunOptions
 from qprune.precision import check, synchronised
 from qprune.ranks import ALONE, RankError, Ranks, current, joined, ranks_of
@@ -29,6 +29,17 @@ def caught(kind: type[Exception], work: Any) -> str:
 
 def failing() -> None:
     raise ValueError("no such file")
+
+
+def searches() -> dict[str, Any]:
+    """With a model that is wrapped already."""
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(16, 3))
+    mixed = qprune.prepare(net, qprune.SearchSpace((2, 4), (2, 4)), example_inputs=torch.randn(1, 1, 6, 6))
+    model, budget = current().wrapped(mixed), qprune.Budget(bops="w3a3")
+    return {
+        "shared": qprune.Search(model, budget).share(current()).model is model,
+        "recorded": caught(InputError, lambda: qprune.Search(model, budget, cuda_graph=True)),
+    }
 
 
 def exchange(rank: int) -> dict[str, Any]:
@@ -96,7 +107,7 @@ def measured(rank: int) -> list[tuple[float, float]]:
 
 
 def work(rank: int) -> dict[str, Any]:
-    return {"exchange": exchange(rank), "nonfinite": nonfinite(rank), "measured": measured(rank)}
+    return {"exchange": exchange(rank), "searches": searches(), "nonfinite": nonfinite(rank), "measured": measured(rank)}
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +132,22 @@ def test_values(both: tuple[Any, Any]) -> None:
         assert found["wrapped"] == [2, 1, [[0.0, 0.0]], [[0.0, 0.0]]]
     assert both[0]["exchange"]["failed"] == "ValueError: no such file"
     assert both[1]["exchange"]["failed"] == "RankError: rank 0 stopped (ValueError: no such file)"
+
+
+def test_models_that_are_wrapped(both: tuple[Any, Any]) -> None:
+    for found in both:
+        assert found["searches"]["shared"]
+        assert found["searches"]["recorded"].startswith("InputError: Search: cuda_graph=True cannot record what the ranks")
+
+
+def test_recorded_steps_are_not_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+    mixed = qprune.prepare(net, qprune.SearchSpace((2, 4), (2, 4)), example_inputs=torch.randn(1, 1, 6, 6))
+    search = qprune.Search(mixed, qprune.Budget(bops="w3a3"))
+    monkeypatch.setattr(search.method, "recorder", object())
+    with pytest.raises(InputError, match="cuda_graph=True cannot record what the ranks"):
+        search.share(Ranks(0, 2))
+    assert search.share(ALONE).model is mixed
 
 
 @pytest.mark.parametrize("kind", ["edmips", "zur", "slimmable", "training"])

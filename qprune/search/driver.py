@@ -20,7 +20,7 @@ from qprune.passes import Passes, endless, following
 from qprune.policy import Policy
 from qprune.precision import loss_scale
 from qprune.prepare import fixed_layers
-from qprune.ranks import Ranks
+from qprune.ranks import Ranks, ranks_of
 from qprune.record import Record, attach, record_of, unwrap
 from qprune.search.annc import Annc
 from qprune.search.constraint import Constraint
@@ -111,6 +111,8 @@ class Search:
             raise InputError(f"Search: {what}=True cannot leave out updates as float16 needs it; take autocast=torch.bfloat16")
         if check_parts(accumulate, "Search") > 1 and cuda_graph:
             raise InputError("Search: cuda_graph=True records a step as a whole; leave it out, or accumulate=1")
+        if cuda_graph:
+            _check_recordable(ranks_of(model))
         record = record_of(model)
         geometry = geometry_of(model, example_inputs)
         if record is None or record.geometry is None:
@@ -138,10 +140,13 @@ class Search:
 
     def share(self, ranks: Ranks) -> Search:
         """Let the ranks of a distributed job make every step together, each on its share of a batch. The model is wrapped in
-        DistributedDataParallel where the method can use that; to be called on all ranks before the first step. A model that is wrapped
-        already needs it not."""
-        self.method.share(ranks)
-        self.model = self.method.model
+        DistributedDataParallel where the method can use that; to be called on all ranks before the first step. With a model that is wrapped
+        already, this changes nothing. Raises InputError for a search whose steps are recorded."""
+        if self.method.ranks.alone:
+            if self.method.recorder is not None:
+                _check_recordable(ranks)
+            self.method.share(ranks)
+            self.model = self.method.model
         return self
 
     def step(
@@ -289,3 +294,8 @@ class Search:
         """What a loop other than `fit` put in `running` before the state was saved: once, for the loop that goes on with it."""
         left, self._left = self._left, None
         return left
+
+
+def _check_recordable(ranks: Ranks) -> None:
+    if not ranks.alone:
+        raise InputError("Search: cuda_graph=True cannot record what the ranks of a distributed job exchange; leave it out")
