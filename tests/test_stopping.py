@@ -34,12 +34,13 @@ from qprune.resume.folder import stored_options
 from qprune.resume.hidden import hidden_state, load_hidden_state
 from qprune.resume.phase import Phase
 from qprune.resume.randomness import restore, seed_all, snapshot
-from qprune.resume.signals import Stop
+from qprune.resume.signals import Stop, Stopped
 from qprune.resume.statefile import read_state, write_state
 from qprune.search import Search
 from qprune.seeds import run
 from qprune.tasks.train import Trainer
 from qprune.usage import Meter, Usage
+from qprune.watch import Several
 
 WORDS = [
     "search", "--w-bits", "0,2,4", "--granularity", "filter", "--float-epochs", "2", "--search-epochs", "2", "--finetune-epochs", "1",
@@ -113,6 +114,21 @@ def test_signals(number: int, code: int, tmp_path: Path, monkeypatch: pytest.Mon
     assert (ended, err) == (0, "") and steps == 40
     ended, out, err = command("search", "--resume", "--out", str(tmp_path), "--no-onnx")
     assert (ended, err) == (0, "") and "holds a finished run" in out and steps == 40
+
+
+def test_a_signal_behind_the_agreement_waits_for_the_next_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever has looked whether to stop goes on together with the others, and nothing stops without a checkpoint of the step."""
+    stop, wanted = Stop(), Checkpoints.wanted
+
+    def late(self: Checkpoints) -> bool:
+        found = wanted(self)
+        self.stop.asked = signal.SIGTERM
+        return found
+
+    monkeypatch.setattr(Checkpoints, "wanted", late)
+    with pytest.raises(Stopped, match="stopped at phase float, epoch 1, step 2"):
+        run(options(), tmp_path, Several([]), minutes=0, stop=stop)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["000000002-float.safetensors"]
 
 
 def test_the_second_signal_is_not_held_back() -> None:

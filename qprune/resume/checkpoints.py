@@ -28,6 +28,7 @@ class Checkpoints:
     keep     how many are kept, besides the ends of phases
     stop     who may ask to stop
     ranks    of which rank 0 has the files; all of them make every call here
+    asked    the signal that `stop` had when all ranks last looked; 0 if none
     steps    done of this seed, over all phases
     metrics  bytes of metrics.jsonl that the newest state knows
     damage   images that could not be read; at every checkpoint each rank gets to know those of the others
@@ -35,7 +36,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, minutes: float = 10.0, keep: int = 3, stop: Stop | None = None, ranks: Ranks = ALONE) -> None:
         self.folder, self.minutes, self.keep, self.stop, self.ranks = folder, minutes, keep, stop or Stop(), ranks
-        self.steps = self.metrics = 0
+        self.steps = self.metrics = self.asked = 0
         self.damage = Damage()
         self._saved_at = time.monotonic()
         if ranks.main:
@@ -48,9 +49,9 @@ class Checkpoints:
         return bool(self.minutes) and time.monotonic() - self._saved_at >= 60 * self.minutes
 
     def wanted(self) -> bool:
-        """Is one due, or was any rank asked to stop? Then `stop` knows that on all of them."""
-        due, self.stop.asked = self.ranks.largest(self.ranks.main and self.due, self.stop.asked)
-        return bool(due or self.stop.asked)
+        """Is one due, or was any rank asked to stop? Then `asked` is the signal on all of them, and on none before."""
+        due, self.asked = self.ranks.largest(self.ranks.main and self.due, self.stop.asked)
+        return bool(due or self.asked)
 
     def save(self, phase: str, state: dict[str, Any], end: bool = False) -> Path:
         """Write a checkpoint and remove those that are too many. Raises CheckpointError where it cannot be written; the others stay."""

@@ -150,8 +150,8 @@ class Phase(Passes):
 
     def _check_stop(self) -> None:
         assert self.checkpoints is not None
-        if self.checkpoints.stop.asked:
-            raise Stopped(self.checkpoints.stop.asked, f"stopped at {self.place}")
+        if self.checkpoints.asked:
+            raise Stopped(self.checkpoints.asked, f"stopped at {self.place}")
 
     def _save(self, usage: Usage | None = None) -> None:
         """A checkpoint, unless a number of the model is not finite: the one before is then the last good one. usage: of the phase, which
