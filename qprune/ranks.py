@@ -181,6 +181,8 @@ def joined(minutes: float = 10.0) -> Iterator[Ranks]:
     gets the one with its number on the machine, gloo the CPUs.
 
     minutes  that a rank waits for the others before it gives up
+
+    Raises RankError where another rank is gone.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield current()
@@ -198,7 +200,9 @@ def joined(minutes: float = 10.0) -> Iterator[Ranks]:
         _leave(ranks, minutes * 60)
     except RankError:
         raise
-    except BaseException:
+    except BaseException as error:
+        if is_lost(error):
+            raise lost(error) from error
         _leave(ranks, _PATIENCE)
         raise
     finally:
@@ -216,6 +220,11 @@ def _leave(ranks: Ranks, seconds: float) -> None:
             store.set("qprune/left/all", "")
     except RuntimeError:
         pass  # too late, or rank 0, which may keep the store, is gone
+
+
+def lost(error: BaseException, where: str = "") -> RankError:
+    """What to raise for an error that `is_lost`."""
+    return RankError(f"{where}another process of the run ended, or does not answer ({' '.join(str(error).split())[:200]})")
 
 
 def is_lost(error: BaseException) -> bool:

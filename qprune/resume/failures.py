@@ -12,7 +12,7 @@ from safetensors.torch import save as to_bytes
 from qprune.errors import CheckpointError, NonFiniteError, OutOfMemoryError, QPruneError
 from qprune.files import write_atomically
 from qprune.options import OptionError, RunOptions
-from qprune.ranks import RankError, is_lost
+from qprune.ranks import RankError, is_lost, lost
 from qprune.resume.phase import Phase
 
 REPLAY = "nonfinite.safetensors"
@@ -35,10 +35,8 @@ def explained(phase: Phase, options: RunOptions, seed: int) -> Iterator[None]:
         if "deterministic implementation" in str(error):
             raise OptionError(f"deterministic: phase {phase.name}: {' '.join(str(error).split())}") from error
         if not phase.ranks.alone and is_lost(error):
-            why = " ".join(str(error).split())[:200]
-            raise RankError(
-                f"phase {phase.name}: another process of the run ended, or does not answer ({why}){phase.last_good()}"
-            ) from error
+            found = lost(error, f"phase {phase.name}: ")
+            raise RankError(f"{found}{phase.last_good()}") from error
         if not _is_memory(error):
             if phase.tried or isinstance(error, QPruneError):
                 raise
