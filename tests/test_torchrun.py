@@ -42,7 +42,7 @@ def test_a_dead_rank_ends_the_other_and_the_run_goes_on(killed: tuple[Path, dict
         assert event["seconds"] < 60
     assert (found["whole"], found["last"]) == ([0, 0], [0, 0])
     assert outcome(folder / "cut") == outcome(folder / "whole")
-    assert said.count("another process of the run ended") == 1 and "the last good state is in" in said
+    assert said.count("another process of the run ended, or does not answer") == 1
     assert said.count("stopped at phase") == 2 and "qprune search --resume --out" in said
 
 
