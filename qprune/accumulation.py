@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from qprune.errors import InputError
 from qprune.quantizers import OutputQuantizer
 from qprune.quantizers.base import CalibratedQuantizer
-from qprune.record import distributed, unwrap
+from qprune.wrappers import distributed, unwrap
 
 Loss = Callable[..., Tensor]
 """(*batch) → the mean loss of the batch."""

@@ -25,8 +25,9 @@ from qprune.nn.surgery import replace_modules
 from qprune.plainjson import parse
 from qprune.policy import LayerBits, Policy
 from qprune.quantizers import StoredUniqWeightQuantizer, StoredWeightQuantizer
-from qprune.record import Record, record_of, unwrap
+from qprune.record import Record, record_of
 from qprune.space import SearchSpace
+from qprune.wrappers import unwrap
 
 PLAIN, SMALLER = "1", "2"
 """Formats: of networks that have all their filters, in place or as zeros, and of those that some were taken out of."""

@@ -18,10 +18,11 @@ from qprune.nn.mixing import Mixing
 from qprune.nn.quant import fix_bits
 from qprune.nn.surgery import copy_model, plain, replace_modules
 from qprune.policy import LayerBits, Policy
-from qprune.record import Record, Removal, attach, record_of, unwrap
+from qprune.record import Record, Removal, attach, record_of
 from qprune.removal import apply_removal, describe_removal
 from qprune.removal_plan import smaller
 from qprune.space import PRUNED, SearchSpace
+from qprune.wrappers import unwrap
 
 log = logging.getLogger("qprune")
 

@@ -20,8 +20,9 @@ from qprune.nn.filterwise import FilterConv2d
 from qprune.nn.mixing import Mixing
 from qprune.nn.quantizing import Quantizing
 from qprune.policy import Policy
-from qprune.record import record_of, unwrap
+from qprune.record import record_of
 from qprune.space import FLOAT, PRUNED
+from qprune.wrappers import unwrap
 
 
 @dataclass(frozen=True)

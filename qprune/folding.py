@@ -26,7 +26,7 @@ from qprune.nn.spread import NarrowConv2d, NarrowLinear, Spread
 from qprune.nn.surgery import copy_model, replace_modules
 from qprune.normalised import Stays, normalised_layers
 from qprune.quantizers import StoredWeightQuantizer, WeightQuantizer
-from qprune.record import unwrap
+from qprune.wrappers import unwrap
 
 log = logging.getLogger("qprune")
 _LEAST = 1e-30  # in place of a factor of 0, whose codes could not be read back; what it leaves is beneath any rounding

@@ -14,8 +14,8 @@ from torch import nn
 from qprune.geometry import ChannelGroup, ExampleInputs, float_twin, run, weighted_layers
 from qprune.nn.narrow import entries_of, sliceable
 from qprune.probe import Probe, confirmed
-from qprune.record import unwrap
 from qprune.rehearsal import rehearsed
+from qprune.wrappers import unwrap
 
 log = logging.getLogger("qprune")
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qprune.errors import NonFiniteError
 from qprune.gates import Constant, Gate
 from qprune.quantizers import Quantizer
-from qprune.record import unwrap
+from qprune.ranks import Ranks
+from qprune.wrappers import unwrap
 
 
 @torch.no_grad()
@@ -44,6 +47,13 @@ def first_nonfinite_layer(model: nn.Module, closure: Callable[[], object]) -> st
         for buffer, value in buffers:
             buffer.copy_(value)
     return found[0] if found else None
+
+
+def refusal(step: int, loss: float, layer: str | None, ranks: Ranks) -> NonFiniteError:
+    """The error of the first of the ranks whose loss is not finite; every one gives its own, and the layer where it was found."""
+    found = ranks.gathered((loss, layer))
+    rank, (loss, layer) = next((rank, found) for rank, found in enumerate(found) if not math.isfinite(found[0]))
+    return NonFiniteError(step, layer, loss, rank=None if ranks.alone else rank)
 
 
 @torch.no_grad()

@@ -22,11 +22,12 @@ from qprune.nn.surgery import copy_model, plain, replace_modules
 from qprune.policy import LayerBits
 from qprune.quantizers import InputQuantizer, OutputQuantizer, Quantizer, sample_values
 from qprune.recalibrate import only_inputs
-from qprune.record import Record, attach, unwrap
+from qprune.record import Record, attach
 from qprune.space import FLOAT, SearchSpace
 from qprune.ties import filterwise, not_removable, tie_gates
 from qprune.units import find_units
 from qprune.unitwise import in_units, left_units, unit_spaces, unit_swaps
+from qprune.wrappers import unwrap
 
 log = logging.getLogger("qprune")
 Rules = Mapping[str, SearchSpace | None]

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from qprune.kernels import QPruneError
+from qprune.wrappers import distributed
 
 T = TypeVar("T")
 _PATIENCE = 5.0
 """Seconds that a rank with an error waits for the others to have one."""
-_WRAPPER = "DistributedDataParallel"
 
 
 class RankError(QPruneError, RuntimeError):
@@ -155,13 +155,8 @@ def current() -> Ranks:
 
 def ranks_of(model: nn.Module) -> Ranks:
     """Those that train the model together: the ranks of its DistributedDataParallel; alone without it."""
-    while True:
-        if type(model).__name__ == _WRAPPER:
-            return _ranks(model.process_group)
-        inner = getattr(model, "_orig_mod", None)
-        if not isinstance(inner, nn.Module):
-            return ALONE
-        model = inner
+    wrapper = distributed(model)
+    return ALONE if wrapper is None else _ranks(wrapper.process_group)
 
 
 def _ranks(group: Any) -> Ranks:

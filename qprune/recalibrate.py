@@ -14,7 +14,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from qprune.errors import InputError
 from qprune.geometry import ExampleInputs, run
 from qprune.modes import kept_modes
-from qprune.record import unwrap
+from qprune.ranks import current
+from qprune.wrappers import unwrap
 
 Model = TypeVar("Model", bound=nn.Module)
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -122,15 +123,13 @@ def _estimating(norms: list[_NormBase], momentum: float | None) -> Iterator[list
 
 def _agree(norms: list[_NormBase], seen: int) -> None:
     """The mean over the ranks, weighted by their numbers of batches."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    ranks = current()
     counts = torch.tensor([seen, int(seen == 0)], dtype=torch.float64, device=norms[0].running_mean.device)  # type: ignore[union-attr]
-    if distributed:
-        torch.distributed.all_reduce(counts)
-    if counts[1]:
+    total, without = ranks.total(counts).tolist()
+    if without:
         raise InputError("recalibrate: the loader gave no batch")
-    if distributed:
+    if not ranks.alone:
         for norm in norms:
             for value in (norm.running_mean, norm.running_var):
                 assert value is not None
-                value *= seen / float(counts[0])
-                torch.distributed.all_reduce(value)
+                value.copy_(ranks.total(value * (seen / total)))

@@ -9,6 +9,7 @@ from torch import nn
 
 from qprune.geometry import Geometry
 from qprune.policy import LayerBits, Policy
+from qprune.wrappers import unwrap
 
 
 @dataclass(frozen=True)
@@ -61,29 +62,6 @@ class Record:
     geometry: Geometry | None
     fixed: Mapping[str, LayerBits | None] = field(default_factory=dict)
     removal: Removal | None = None
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel and torch.compile wrappers."""
-    return _layers(model)[-1]
-
-
-def distributed(model: nn.Module) -> nn.Module | None:
-    """The DistributedDataParallel wrapper around the model, if it has one."""
-    return next((layer for layer in _layers(model) if type(layer).__name__ == "DistributedDataParallel"), None)
-
-
-def _layers(model: nn.Module) -> list[nn.Module]:
-    """From the outermost wrapper to the model itself."""
-    found = [model]
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
-            inner = model.module
-        if not isinstance(inner, nn.Module):
-            return found
-        found.append(inner)
-        model = inner
 
 
 def record_of(model: nn.Module) -> Record | None:

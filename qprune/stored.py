@@ -11,9 +11,9 @@ from qprune.geometry import weighted_layers
 from qprune.nn.codebook import CodebookLayer
 from qprune.nn.surgery import plain
 from qprune.policy import LayerBits
-from qprune.record import unwrap
 from qprune.sizes import CodedLayer, Sizes, sizes
 from qprune.space import FLOAT, PRUNED
+from qprune.wrappers import unwrap
 
 
 def layer_bits(layer: CodebookLayer) -> LayerBits:

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from qprune.errors import UnsupportedLayerError
 from qprune.geometry import ExampleInputs, Unit, first_input, float_twin, run, weighted_layers
-from qprune.record import unwrap
+from qprune.wrappers import unwrap
 
 RECTIFIERS = (nn.ReLU, nn.ReLU6)
 _RECTIFYING = ("ReluBackward", "HardtanhBackward", "ClampBackward", "ClampMinBackward", "ThresholdBackward")

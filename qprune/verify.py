@@ -29,9 +29,10 @@ from qprune.nn.codebook import CodebookLayer
 from qprune.nn.mixing import Mixing
 from qprune.nn.quant import QuantConv2d, QuantLinear
 from qprune.recalibrate import only_inputs
-from qprune.record import record_of, unwrap
+from qprune.record import record_of
 from qprune.space import FLOAT, PRUNED
 from qprune.verification import TIE_STEPS, LayerCheck, Verification
+from qprune.wrappers import unwrap
 
 ROUNDINGS = 12
 """Float32 roundings between codes and output, sums apart: of scales, of the input's and weight's values, of the result."""

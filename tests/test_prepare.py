@@ -16,8 +16,9 @@ import qprune
 from qprune.errors import InputError, RuleError, UnsupportedLayerError
 from qprune.nn import MixedConv2d, MixedLinear
 from qprune.prepare import prepare, quantizer_parameters
-from qprune.record import record_of, unwrap
+from qprune.record import record_of
 from qprune.space import SearchSpace
+from qprune.wrappers import unwrap
 
 SPACE = SearchSpace((0, 2, 4), (4, 8), granularity="filter")
 FIXED = SearchSpace.fixed(8, 8)

@@ -23,8 +23,8 @@ from qprune.nn.spread import Narrow
 from qprune.nn.surgery import copy_model, plain, replace_modules, take_over
 from qprune.nn.unitparts import FilterActivation, FilterBatchNorm2d
 from qprune.quantizers import InputQuantizer
-from qprune.record import unwrap
 from qprune.space import FLOAT
+from qprune.wrappers import unwrap
 
 FixedLayer = Quantizing | CodebookLayer
 _UNDECIDED = (Mixing, FilterConv2d, FilterBatchNorm2d, FilterActivation, SlimConv2d, SlimLinear, SlimBatchNorm2d)

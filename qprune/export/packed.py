@@ -41,7 +41,7 @@ from qprune.masks import Index
 from qprune.modes import kept_modes
 from qprune.nn.codebook import CodebookLayer
 from qprune.nn.quantizing import Quantizing
-from qprune.record import unwrap
+from qprune.wrappers import unwrap
 
 FORMAT = 1
 MAGIC = "qprune-packed"

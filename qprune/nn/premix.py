@@ -13,7 +13,7 @@ from qprune.gates import probabilities
 from qprune.kernels import mix_quantize_many
 from qprune.nn.mixing import Mixing, Ready
 from qprune.quantizers import learned_ranges, spread
-from qprune.record import unwrap
+from qprune.wrappers import unwrap
 
 _Column = tuple[float, float, int, int]
 

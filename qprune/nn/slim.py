@@ -25,8 +25,9 @@ from qprune.nn.slimorder import ORDERS, sort_filters
 from qprune.nn.slimtrace import SlimStructure, Widths, trace_structure, watching
 from qprune.nn.surgery import copy_model, replace_modules, take_over
 from qprune.policy import Policy
-from qprune.record import Record, attach, record_of, unwrap
+from qprune.record import Record, attach, record_of
 from qprune.space import PRUNED
+from qprune.wrappers import unwrap
 
 RATIOS = (0.25, 0.5, 0.75, 1.0)
 

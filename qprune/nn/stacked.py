@@ -16,7 +16,7 @@ from qprune.errors import InputError
 from qprune.nn.filterwise import FilterConv2d
 from qprune.nn.stack import Choices, Stack
 from qprune.nn.surgery import copy_model
-from qprune.record import unwrap
+from qprune.wrappers import unwrap
 
 log = logging.getLogger("qprune")
 STATISTICS: tuple[str, ...] = ("batch", "running")

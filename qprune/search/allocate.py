@@ -17,13 +17,14 @@ from qprune.gates import TiedGate, gates
 from qprune.geometry import weighted_layers
 from qprune.nn.mixing import Mixing
 from qprune.policy import Policy
-from qprune.record import record_of, unwrap
+from qprune.record import record_of
 from qprune.search.blocks import Block, Layers, TiedBlock
 from qprune.search.knapsack import Choices, solve
 from qprune.search.pricing import Pricing, Quotes
 from qprune.search.tables import LayerTable, Move
 from qprune.space import BITS, FLOAT, PRUNED, SearchSpace
 from qprune.ties import tied_channels
+from qprune.wrappers import unwrap
 
 _POINTS = 24
 _ROUNDS = 8

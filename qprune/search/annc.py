@@ -33,7 +33,7 @@ from qprune.nn.codebook import codebook_layers, to_codebook
 from qprune.nn.surgery import copy_model, replace_modules
 from qprune.policy import Policy
 from qprune.prepare import weight_parameters
-from qprune.record import attach, record_of, unwrap
+from qprune.record import attach, record_of
 from qprune.search.bitplan import CODEBOOK_ENTRY_BITS, plan_bits
 from qprune.search.compressible import check_size, compressible_layers, float_bits, output_layers
 from qprune.search.distill import Distillation
@@ -41,6 +41,7 @@ from qprune.search.method import Closure, Method, StepResult
 from qprune.search.sparsity import Kept, keep_filters, keep_weights
 from qprune.space import FLOAT, IMAGE_BITS, PRUNED, check_bits
 from qprune.stored import layer_bits
+from qprune.wrappers import unwrap
 
 GRANULARITIES = ("weight", "filter")
 

@@ -10,8 +10,8 @@ from torch import nn
 from qprune.cost import geometry_of
 from qprune.errors import InfeasibleBudgetError, InputError
 from qprune.nn.surgery import plain
-from qprune.record import unwrap
 from qprune.space import FLOAT
+from qprune.wrappers import unwrap
 
 
 def compressible_layers(model: nn.Module, keep: Sequence[str], keep_edges: bool) -> dict[str, nn.Conv2d | nn.Linear]:

@@ -12,10 +12,10 @@ from qprune.errors import InputError
 from qprune.gates import FilterGate
 from qprune.nn.filterwise import FilterConv2d
 from qprune.nn.stacked import losses as stacked_losses
-from qprune.record import unwrap
 from qprune.search.distributions import FilterCounts, assign
 from qprune.search.extraction import ranking
 from qprune.search.unitcost import UnitCost
+from qprune.wrappers import unwrap
 
 Penalty = Callable[[Tensor], Tensor]
 """Cost of configurations [S, fields] → what it adds to their losses [S]."""

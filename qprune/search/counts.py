@@ -18,9 +18,10 @@ from qprune.budget import Budget
 from qprune.cost import cost
 from qprune.errors import InfeasibleBudgetError
 from qprune.policy import Policy
-from qprune.record import record_of, unwrap
+from qprune.record import record_of
 from qprune.search.extraction import CountsTable, counts_tables, floored, unit_policy
 from qprune.search.unitcost import UnitCost
+from qprune.wrappers import unwrap
 
 _GAIN = 1e-9
 _ROUNDING = 1e-9

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from qprune.errors import InputError
 from qprune.prepare import arch_parameters, weight_parameters
-from qprune.record import unwrap
 from qprune.search.method import Closure, Method, StepResult
+from qprune.wrappers import unwrap
 
 Data = tuple[Closure, Sequence[Tensor]]
 

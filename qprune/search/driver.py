@@ -21,7 +21,7 @@ from qprune.policy import Policy
 from qprune.precision import loss_scale
 from qprune.prepare import fixed_layers
 from qprune.ranks import Ranks, ranks_of
-from qprune.record import Record, attach, record_of, unwrap
+from qprune.record import Record, attach, record_of
 from qprune.search.annc import Annc
 from qprune.search.constraint import Constraint
 from qprune.search.darts import Darts
@@ -32,6 +32,7 @@ from qprune.search.optimizers import Optimizers
 from qprune.search.sbs import Sbs
 from qprune.search.slimmable import Slimmable
 from qprune.search.zur import Zur
+from qprune.wrappers import unwrap
 
 METHODS: dict[str, type[Method]] = {
     "edmips": EdMIPS,

@@ -12,8 +12,8 @@ from qprune.cost import Choice, cost, evaluate, geometry_of, layer_cost, model_c
 from qprune.gates import probabilities
 from qprune.geometry import Geometry
 from qprune.nn.mixing import Mixing
-from qprune.record import unwrap
 from qprune.space import PRUNED
+from qprune.wrappers import unwrap
 
 FIELDS = ("bops", "macs", "size_bits")
 

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from qprune.errors import InputError
 from qprune.gates import Gate
 from qprune.policy import LayerBits, Policy
-from qprune.record import record_of, unwrap
+from qprune.record import record_of
 from qprune.search.distributions import FilterCounts, assign
 from qprune.search.unitcost import UnitCost
+from qprune.wrappers import unwrap
 
 LIKELIHOODS = ("counts", "filters")
 

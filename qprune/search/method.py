@@ -17,17 +17,18 @@ from qprune.budget import Budget
 from qprune.cost import cost, geometry_of, model_choices
 from qprune.errors import NonFiniteError
 from qprune.gates import gates
-from qprune.health import first_nonfinite_layer, nonfinite_gradient
+from qprune.health import first_nonfinite_layer, nonfinite_gradient, refusal
 from qprune.nn.premix import Premix
 from qprune.policy import Policy
 from qprune.precision import LossScale
 from qprune.ranks import Ranks, ranks_of
-from qprune.record import record_of, unwrap
+from qprune.record import record_of
 from qprune.search.allocate import allocate, check_feasible
 from qprune.search.constraint import Constraint
 from qprune.search.expected import ExpectedCost
 from qprune.search.graph import Recorder, Update
 from qprune.search.optimizers import Optimizers
+from qprune.wrappers import unwrap
 
 Closure = Callable[..., Tensor]
 """(model, *batch) → loss."""
@@ -208,9 +209,7 @@ class Method:
     def _refuse(self, loss: float, closure: Closure, batch: Sequence[Tensor], step: int | None = None) -> NoReturn:
         """All ranks raise the error of the first one whose loss is not finite."""
         layer = first_nonfinite_layer(self.model, lambda: closure(self.model, *batch))
-        found = self.ranks.gathered((loss, layer))
-        rank, (loss, layer) = next((rank, found) for rank, found in enumerate(found) if not math.isfinite(found[0]))
-        raise NonFiniteError(self.steps if step is None else step, layer, loss, rank=None if self.ranks.alone else rank)
+        raise refusal(self.steps if step is None else step, loss, layer, self.ranks)
 
     def values(self, loss: Tensor, slack: Tensor) -> Tensor:
         """What a StepResult holds, on the device."""

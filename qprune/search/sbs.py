@@ -41,11 +41,11 @@ from qprune.nn.premix import Premix
 from qprune.nn.surgery import copy_model
 from qprune.policy import Policy
 from qprune.prepare import quantizer_parameters, weight_parameters
-from qprune.record import unwrap
 from qprune.search.method import Closure, Method, StepResult
 from qprune.search.optimizers import Optimizers
 from qprune.search.residuals import of_the_batch
 from qprune.search.sbs_policy import Allocation, gate_probabilities, gated_chains, nested_layers
+from qprune.wrappers import unwrap
 
 MODES = ("joint", "quantization", "pruning", "two-stage")
 _ALL = 1 - 1e-9

@@ -25,9 +25,10 @@ from qprune.inputs import kept_inputs
 from qprune.nn.bitgates import BitGate
 from qprune.nn.nested import NestedLayer, Pruning
 from qprune.policy import LayerBits, Policy
-from qprune.record import Record, attach, record_of, unwrap
+from qprune.record import Record, attach, record_of
 from qprune.search.allocate import LayerScores, allocate
 from qprune.space import PRUNED
+from qprune.wrappers import unwrap
 
 Kept = Mapping[str, np.ndarray]
 """Layer → whether each of its filters is kept, for layers that may lose some."""

@@ -29,7 +29,6 @@ from qprune.modes import kept_modes
 from qprune.nn.slim import estimating, set_widths, state_of
 from qprune.policy import LayerBits, Policy
 from qprune.ranks import Ranks
-from qprune.record import unwrap
 from qprune.search.distributions import Distribution, SoftmaxDistribution
 from qprune.search.estimators import Estimate, make_estimator
 from qprune.search.fitting import check_limit, fit_widths
@@ -40,6 +39,7 @@ from qprune.search.relative import relative_loss
 from qprune.search.relaxations import Relaxation
 from qprune.search.widths import WIDTHS, BinomialLayers
 from qprune.space import FLOAT, PRUNED
+from qprune.wrappers import unwrap
 
 STATISTICS = ("batch", "reestimated")
 RELATIVE = "relative"

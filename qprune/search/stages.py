@@ -27,7 +27,7 @@ from qprune.geometry import Geometry
 from qprune.nn.filterwise import FilterConv2d
 from qprune.nn.quantizing import Quantizing
 from qprune.quantizers import OutputQuantizer
-from qprune.record import unwrap
+from qprune.wrappers import unwrap
 
 
 def network_order(geometry: Geometry, names: Sequence[str]) -> list[str]:

@@ -14,8 +14,8 @@ from qprune.errors import InputError
 from qprune.geometry import LayerGeometry, Unit
 from qprune.nn.filterwise import FilterConv2d
 from qprune.nn.mixing import Mixing
-from qprune.record import unwrap
 from qprune.space import FLOAT
+from qprune.wrappers import unwrap
 
 LIMITS = ("bops", "macs", "size_bits")
 

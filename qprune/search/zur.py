@@ -33,7 +33,6 @@ from qprune.nn.filterwise import FilterConv2d
 from qprune.nn.stacked import STATISTICS
 from qprune.policy import Policy
 from qprune.prepare import weight_parameters
-from qprune.record import unwrap
 from qprune.search.configurations import Configurations, OnBatch
 from qprune.search.counts import allocate_counts, check_feasible_counts
 from qprune.search.distributions import Freezer
@@ -45,6 +44,7 @@ from qprune.search.penalties import PENALTIES
 from qprune.search.relaxations import Relaxation
 from qprune.search.stages import Stages
 from qprune.search.unitcost import UnitCost
+from qprune.wrappers import unwrap
 
 DECAY = 0.999
 _CHOICES = {

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from qprune.accumulation import check_parts, in_parts
 from qprune.errors import InputError, NonFiniteError
-from qprune.health import first_nonfinite_layer, nonfinite_gradient
+from qprune.health import first_nonfinite_layer, nonfinite_gradient, refusal
 from qprune.modes import kept_modes
 from qprune.passes import Passes, following
 from qprune.precision import laid_out, loss_scale
 from qprune.prepare import quantizer_parameters
 from qprune.ranks import ALONE, Ranks, ranks_of
-from qprune.record import unwrap
+from qprune.wrappers import unwrap
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -209,9 +209,7 @@ class Trainer:
     def _refusal(self, loss: float, x: Tensor) -> NonFiniteError:
         """The error of the first rank whose loss is not finite."""
         layer = None if math.isfinite(loss) else first_nonfinite_layer(self.model, partial(unwrap(self.model), x))
-        found = self.ranks.gathered((loss, layer))
-        rank, (loss, layer) = next((rank, found) for rank, found in enumerate(found) if not math.isfinite(found[0]))
-        return NonFiniteError(self.step, layer, loss, rank=None if self.ranks.alone else rank)
+        return refusal(self.step, loss, layer, self.ranks)
 
     def fit(
         self,
