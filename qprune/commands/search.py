@@ -65,7 +65,6 @@ def search(
     """Train a float network, search its bits within a budget, fine-tune, and compare with the uniform network of at least that cost."""
     from qprune import seeds as repeated
     from qprune.config import comparable
-    from qprune.exporting import add_onnx
     from qprune.options import RunOptions
     from qprune.ranks import joined
 
@@ -82,6 +81,8 @@ def search(
             )  # fmt: skip
     if ranks.main:
         if onnx:
+            from qprune.exporting import add_onnx
+
             result = add_onnx(out)
         shared.console.print(result_table(result))
         shared.console.print(result["summary"]["verdict"])
